@@ -1,0 +1,174 @@
+"""What crosses a primitive: operands, static specs, and the conventions that every implementation keeps.
+
+* A row is padding where its slot index lies outside [0, P): its outputs are zero and it touches no slot.
+* Arithmetic and accumulation are in float32 (float64 where an operand is float64).
+* The gate's constants stand in :mod:`kda_jax._gates`, the L2 norm's epsilon here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+L2NORM_EPS = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """The static options of a token operation, part of the compiled program."""
+
+    gate: str | None  # None, "softplus" or "lower_bound"
+    lower_bound: float | None
+    qk_l2norm: bool
+    beta_sigmoid: bool
+    allow_neg_eigval: bool
+    scale: float
+    implementation: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkSpec(Spec):
+    chunk_size: int
+    save_states: bool = False  # whether the forward pass also returns the state at the start of every chunk
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifySpec(Spec):
+    with_update: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class FlushSpec:
+    implementation: str | None
+
+
+# The axes of the operands, as in the documentation. A gate parameter has one more axis in front once it was vmapped.
+DECODE_AXES = {
+    "q": "N H K",
+    "k": "N H K",
+    "v": "N HV V",
+    "g": "N HV K",
+    "beta": "N HV",
+    "A_log": "HV",
+    "dt_bias": "HV K",
+    "state": "P HV V K",
+    "state_indices": "N",
+}
+DRAFT_AXES = DECODE_AXES | {"q": "N T H K", "k": "N T H K", "v": "N T HV V", "g": "N T HV K", "beta": "N T HV"}
+PAGED_AXES = DRAFT_AXES | {"state_indices": "N T", "num_accepted": "N"}
+CHUNK_AXES = {
+    "q": "B T H K",
+    "k": "B T H K",
+    "v": "B T HV V",
+    "g": "B T HV K",
+    "beta": "B T HV",
+    "A_log": "HV",
+    "dt_bias": "HV K",
+    "initial_state": "S HV V K",  # S is B, or B times the N sequences packed in each row
+    "cu_seqlens": "B N+1",
+}
+CHUNK_BACKWARD_AXES = CHUNK_AXES | {"states": "B C HV V K", "do": "B T HV V", "dstate": "S HV V K"}
+FLUSH_AXES = {
+    "u": "N T HV V",
+    "k": "N T H K",
+    "g": "N T HV K",
+    "state": "P HV V K",
+    "state_indices": "N",
+    "num_accepted": "N",
+}
+
+
+class PoolOperands(NamedTuple):
+    """decode, decode_mtp and verify."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    g: jax.Array
+    beta: jax.Array
+    A_log: jax.Array | None
+    dt_bias: jax.Array | None
+    state: jax.Array
+    state_indices: jax.Array | None
+
+
+class PagedOperands(NamedTuple):
+    """decode_mtp in its paged form."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    g: jax.Array
+    beta: jax.Array
+    A_log: jax.Array | None
+    dt_bias: jax.Array | None
+    state: jax.Array
+    state_indices: jax.Array
+    num_accepted: jax.Array
+
+
+class ChunkOperands(NamedTuple):
+    """The forward pass of chunk."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    g: jax.Array
+    beta: jax.Array
+    A_log: jax.Array | None
+    dt_bias: jax.Array | None
+    initial_state: jax.Array | None
+    cu_seqlens: jax.Array | None
+
+
+class ChunkBackwardOperands(NamedTuple):
+    """The backward pass of chunk: the forward operands, its chunk-boundary states and the two cotangents."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    g: jax.Array
+    beta: jax.Array
+    A_log: jax.Array | None
+    dt_bias: jax.Array | None
+    initial_state: jax.Array | None
+    cu_seqlens: jax.Array | None
+    states: jax.Array
+    do: jax.Array
+    dstate: jax.Array
+
+
+class FlushOperands(NamedTuple):
+    u: jax.Array
+    k: jax.Array
+    g: jax.Array
+    state: jax.Array
+    state_indices: jax.Array | None
+    num_accepted: jax.Array
+
+
+def arithmetic_dtype(args: Any) -> jnp.dtype:
+    """float32, or float64 where an operand is float64."""
+    floating = (x.dtype for x in args if x is not None and jnp.issubdtype(x.dtype, jnp.floating))
+    return jnp.result_type(jnp.float32, *floating)
+
+
+def single_chunk(tokens: int) -> int:
+    """The length of the one chunk that holds all tokens: the next power of two."""
+    return 1 << max(tokens - 1, 0).bit_length()
+
+
+def chunk_length(tokens: int, chunk_size: int) -> int:
+    """The tokens of a chunk: ``chunk_size``, or less where the whole sequence is shorter."""
+    return min(chunk_size, single_chunk(tokens))
+
+
+def num_chunks(tokens: int, chunk_size: int, sequences: int | None = None) -> int:
+    """The chunks of one row of ``tokens``; with ``sequences`` packed in it, enough for any lengths of them."""
+    length = chunk_length(tokens, chunk_size)
+    if sequences is None:
+        return -(-tokens // length)
+    return min(tokens, tokens // length + sequences)

@@ -1,0 +1,1 @@
+"""Device code, one folder a technology; installed as kda_jax.kernels. A kernel knows nothing of JAX tracing."""
