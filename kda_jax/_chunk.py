@@ -40,7 +40,9 @@ def _forward_outputs(args: ChunkOperands, sizes: dict[str, int], spec: ChunkSpec
 
 def _backward_outputs(args: ChunkBackwardOperands, sizes: dict[str, int], spec: ChunkSpec) -> tuple[Output, ...]:
     outputs = [Output(CHUNK_AXES[name], getattr(args, name).dtype) for name in ("q", "k", "v", "g", "beta")]
-    outputs += [Output(f"B {CHUNK_AXES[name]}", x.dtype) for name in ("A_log", "dt_bias") if (x := getattr(args, name)) is not None]
+    outputs += [
+        Output(f"B {CHUNK_AXES[name]}", x.dtype) for name in ("A_log", "dt_bias") if (x := getattr(args, name)) is not None
+    ]
     outputs += [Output("S HV V K", args.initial_state.dtype)] if args.initial_state is not None else []
     return tuple(outputs)
 

@@ -18,9 +18,7 @@ def _outputs(args: FlushOperands, sizes: dict[str, int], spec: FlushSpec) -> tup
     return (Output("P HV V K", args.state.dtype),)
 
 
-OPERATION = Operation(
-    "kda_flush", FLUSH_AXES, _outputs, not_differentiable=_inputs.NOT_DIFFERENTIABLE.format("kda.flush")
-)
+OPERATION = Operation("kda_flush", FLUSH_AXES, _outputs, not_differentiable=_inputs.NOT_DIFFERENTIABLE.format("kda.flush"))
 
 
 def flush(
@@ -55,7 +53,9 @@ def flush(
     check = _inputs.Checker("kda.flush")
     _dispatch.check(check.call, OPERATION.name, implementation)
     if not isinstance(update, Update):
-        raise TypeError(f"{check.call}: update is a {type(update).__name__}; it must be the kda.Update that kda.verify returned")
+        raise TypeError(
+            f"{check.call}: update is a {type(update).__name__}; it must be the kda.Update that kda.verify returned"
+        )
     u, k, g = (check.array(f"update.{name}", getattr(update, name), FLUSH_AXES[name], UPDATE_DTYPES) for name in "ukg")
     state, state_indices = _inputs.pool(check, state, state_indices)
     num_accepted = _inputs.accepted(check, num_accepted, least=0)
@@ -87,7 +87,9 @@ def flush_layers(
     """
     call = "kda.flush_layers"
     if not isinstance(updates, Update):
-        raise TypeError(f"{call}: updates is a {type(updates).__name__}; it must be a kda.Update of arrays stacked over layers")
+        raise TypeError(
+            f"{call}: updates is a {type(updates).__name__}; it must be a kda.Update of arrays stacked over layers"
+        )
     check = _inputs.Checker(call)
     check.array("states", states, "L P HV V K", _inputs.STATE_DTYPES)
     for name in "ukg":

@@ -14,7 +14,6 @@ from kda_jax._primitive import Operation, Output
 from kda_jax._update import Update
 
 
-
 def _outputs(args: PoolOperands, sizes: dict[str, int], spec: VerifySpec) -> tuple[Output, ...]:
     o = Output("N T HV V", args.v.dtype)
     if not spec.with_update:
@@ -23,9 +22,7 @@ def _outputs(args: PoolOperands, sizes: dict[str, int], spec: VerifySpec) -> tup
     return o, Output("N T HV V", dtype), Output("N T H K", dtype), Output("N T HV K", dtype)
 
 
-OPERATION = Operation(
-    "kda_verify", DRAFT_AXES, _outputs, not_differentiable=_inputs.NOT_DIFFERENTIABLE.format("kda.verify")
-)
+OPERATION = Operation("kda_verify", DRAFT_AXES, _outputs, not_differentiable=_inputs.NOT_DIFFERENTIABLE.format("kda.verify"))
 
 
 def verify(

@@ -79,7 +79,9 @@ class Packed(Uniform):
     def to_chunks(self, x: jax.Array) -> jax.Array:
         chunk = jnp.arange(self.count)
         sequence = self._sequence(chunk, self._first_chunk)
-        begin = self._at(self.offsets[:, :-1], sequence) + (chunk - self._at(self._first_chunk[:, :-1], sequence)) * self.length
+        begin = (
+            self._at(self.offsets[:, :-1], sequence) + (chunk - self._at(self._first_chunk[:, :-1], sequence)) * self.length
+        )
         end = self._at(self.offsets[:, 1:], sequence)  # 0 for the chunks left over, so that they stay empty
         token = begin[:, :, None] + jnp.arange(self.length)
         token = jnp.where(token < end[:, :, None], token, -1)
@@ -88,7 +90,9 @@ class Packed(Uniform):
     def to_tokens(self, x: jax.Array) -> jax.Array:
         token = jnp.arange(self.tokens)
         sequence = self._sequence(token, self.offsets)
-        place = self._at(self._first_chunk[:, :-1], sequence) * self.length + token - self._at(self.offsets[:, :-1], sequence)
+        place = (
+            self._at(self._first_chunk[:, :-1], sequence) * self.length + token - self._at(self.offsets[:, :-1], sequence)
+        )
         return self._at(self._join(x), jnp.where(token < self.offsets[:, -1:], place, -1))
 
     def scan(self, step: Step, start: jax.Array, chunks: Any, *, reverse: bool = False) -> tuple[jax.Array, Any]:
