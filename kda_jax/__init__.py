@@ -9,5 +9,4 @@ from kda_jax._gates import LowerBound as LowerBound
 from kda_jax._gates import Softplus as Softplus
 from kda_jax._update import Update as Update
 from kda_jax._verify import verify as verify
-
 from kda_jax._version import __version__ as __version__

@@ -20,7 +20,7 @@ from kda_jax._operands import (
     arithmetic_dtype,
     num_chunks,
 )
-from kda_jax._primitive import Operation, Output
+from kda_jax._primitive import Operation, Output, vary_together
 
 _TWICE = (
     "kda.chunk: differentiated in forward mode or a second time; it has a first reverse-mode derivative only "
@@ -118,7 +118,8 @@ def chunk(
         check.sizes["S"] = check.sizes["B"] if cu_seqlens is None else cu_seqlens.shape[1] - 1
         check.set_by["S"] = "q" if cu_seqlens is None else "cu_seqlens"
         initial_state = check.array("initial_state", initial_state, CHUNK_AXES["initial_state"], _inputs.STATE_DTYPES)
-    return _chunk(ChunkOperands(*tokens, initial_state, cu_seqlens), ChunkSpec(**vars(spec), chunk_size=chunk_size))
+    operands = vary_together(ChunkOperands(**tokens, initial_state=initial_state, cu_seqlens=cu_seqlens))
+    return _chunk(operands, ChunkSpec(**vars(spec), chunk_size=chunk_size))
 
 
 def _check_cu_seqlens(check: _inputs.Checker, cu_seqlens: Any) -> jax.Array:
@@ -152,13 +153,14 @@ def _chunk_bwd(spec: ChunkSpec, residuals: tuple[ChunkOperands, jax.Array], cota
     args, states = residuals
     do, dstate = cotangents
     grads = iter(BACKWARD.bind(ChunkBackwardOperands(*args, states, do, dstate), spec))
-    named = {name: next(grads) for name in ("q", "k", "v", "g", "beta")}
+    named: dict[str, Any] = {name: next(grads) for name in ("q", "k", "v", "g", "beta")}
     for name in ("A_log", "dt_bias"):
         if getattr(args, name) is not None:
             named[name] = jnp.sum(next(grads), axis=0)
     if args.initial_state is not None:
         named["initial_state"] = next(grads)
-    return (ChunkOperands(**{name: named.get(name) for name in ChunkOperands._fields}),)
+    absent: dict[str, Any] = dict.fromkeys(ChunkOperands._fields)
+    return (ChunkOperands(**absent | named),)
 
 
 _chunk.defvjp(_chunk_fwd, _chunk_bwd)

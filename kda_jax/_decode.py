@@ -80,5 +80,5 @@ def decode(
         implementation=implementation,
     )
     state, state_indices = _inputs.pool(check, state, state_indices)
-    o, state = OPERATION.bind(PoolOperands(*tokens, state, state_indices), spec)
+    o, state = OPERATION.bind(PoolOperands(**tokens, state=state, state_indices=state_indices), spec)
     return o, state

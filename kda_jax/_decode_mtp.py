@@ -94,8 +94,8 @@ def decode_mtp(
         raise ValueError("kda.decode_mtp: state_indices is None with num_accepted given; it must then be [N, T]")
     state, state_indices = _inputs.pool(check, state, state_indices, "N T" if paged else "N")
     if not paged:
-        o, states = OPERATION.bind(PoolOperands(*tokens, state, state_indices), spec)
+        o, states = OPERATION.bind(PoolOperands(**tokens, state=state, state_indices=state_indices), spec)
         return o, states
     num_accepted = _inputs.accepted(check, num_accepted, least=1)
-    o, state = PAGED.bind(PagedOperands(*tokens, state, state_indices, num_accepted), spec)
+    o, state = PAGED.bind(PagedOperands(**tokens, state=state, state_indices=state_indices, num_accepted=num_accepted), spec)
     return o, state

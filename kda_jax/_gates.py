@@ -56,7 +56,8 @@ class LowerBound:
     def __post_init__(self) -> None:
         if not LOWER_BOUND_MIN <= self.lower_bound < 0:
             raise ValueError(
-                f"LowerBound: lower_bound is {self.lower_bound}; it must lie in [{LOWER_BOUND_MIN:g}, 0), in log decay a token"
+                f"LowerBound: lower_bound is {self.lower_bound}; "
+                f"it must lie in [{LOWER_BOUND_MIN:g}, 0), in log decay a token"
             )
 
 
@@ -80,6 +81,7 @@ def log_decay(
         # min() keeps exp finite on the branch where() drops, so that its derivative is finite too.
         curved = jnp.log1p(jnp.exp(jnp.minimum(x, SOFTPLUS_LINEAR_ABOVE)))
         return -rate * jnp.where(x > SOFTPLUS_LINEAR_ABOVE, x, curved)
+    assert lower_bound is not None
     return lower_bound * jax.nn.sigmoid(rate * x)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,18 +29,6 @@ AXIS_WORDS = {
 
 ACTIVATION_DTYPES = ("bfloat16", "float16", "float32", "float64")
 STATE_DTYPES = ("float32", "bfloat16", "float64")
-
-
-class Tokens(NamedTuple):
-    """The operands that every token operation starts with."""
-
-    q: jax.Array
-    k: jax.Array
-    v: jax.Array
-    g: jax.Array
-    beta: jax.Array
-    A_log: jax.Array | None
-    dt_bias: jax.Array | None
 
 
 # Said by every operation that has no derivative.
@@ -108,10 +96,13 @@ def tokens(
     allow_neg_eigval: bool,
     scale: float | None,
     implementation: str | None,
-) -> tuple[Tokens, Spec]:
-    """Checks the arrays (q, k, v, g, beta) and the options that every token operation shares."""
+) -> tuple[dict[str, Any], Spec]:
+    """Checks the arrays (q, k, v, g, beta) and the options that every token operation shares.
+
+    Returns them by name, with the gate's A_log and dt_bias (or None), and the spec.
+    """
     _dispatch.check(check.call, operation, implementation)
-    checked = [check.array(name, x, axes[name], ACTIVATION_DTYPES) for name, x in arrays.items()]
+    checked = {name: check.array(name, x, axes[name], ACTIVATION_DTYPES) for name, x in arrays.items()}
     heads, value_heads = check.sizes["H"], check.sizes["HV"]
     if heads < 1 or value_heads < 1 or value_heads % heads:
         raise ValueError(
@@ -142,10 +133,10 @@ def tokens(
         )
     if scale is None:
         scale = check.sizes["K"] ** -0.5
-    elif isinstance(scale, jax.core.Tracer) or not np.isscalar(scale) or not np.isfinite(scale):
+    elif not isinstance(scale, (int, float, np.number)) or not np.isfinite(scale):
         raise TypeError(f"{check.call}: scale is {scale!r}; it must be None (K ** -0.5) or a finite Python number")
     spec = Spec(gate=kind, lower_bound=lower_bound, scale=float(scale), implementation=implementation, **flags)
-    return Tokens(*checked, A_log, dt_bias), spec
+    return checked | {"A_log": A_log, "dt_bias": dt_bias}, spec
 
 
 def pool(check: Checker, state: Any, state_indices: Any, axes: str = "N") -> tuple[jax.Array, jax.Array | None]:

@@ -67,6 +67,7 @@ class Operation:
 
     def bind(self, args: Any, spec: Any) -> tuple[jax.Array, ...]:
         """Runs the operation on a NamedTuple of arrays, absent ones None, with the hashable static ``spec``."""
+        args = vary_together(args)
         leaves, tree = jax.tree.flatten(args)
         run = functools.partial(self.primitive.bind, tree=tree, spec=spec)
         shardings = self._explicit_shardings(args, spec)
@@ -93,7 +94,7 @@ class Operation:
 
     def _explicit_shardings(self, args: Any, spec: Any) -> list[NamedSharding] | None:
         """The outputs' shardings where the operands live on a mesh with explicit axes, else None."""
-        mesh, placed = None, {}
+        mesh, placed = None, dict[str, Any]()
         for operand, x in args._asdict().items():
             if x is None:
                 continue
@@ -179,6 +180,25 @@ class Operation:
         return _merge(indices)
 
 
+def vary_together(args: Any) -> Any:
+    """Inside shard_map: all operands varying over the mesh axes that any of them varies over, as a primitive wants them.
+
+    The cast's transpose is a sum over those axes, so a shared parameter's gradient is summed over the shards.
+    """
+
+    def axes(x: Any) -> frozenset[Any]:
+        kind = jax.typeof(x)
+        return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying  # the name changed in JAX 0.10
+
+    together = frozenset[Any]().union(*map(axes, jax.tree.leaves(args)))
+
+    def vary(x: jax.Array) -> jax.Array:
+        missing = together - axes(x)
+        return jax.lax.pcast(x, tuple(missing), to="varying") if missing else x
+
+    return jax.tree.map(vary, args) if together else args
+
+
 def _merge(x: jax.Array) -> jax.Array:
     return x.reshape(math.prod(x.shape[:2]), *x.shape[2:])
 
@@ -187,7 +207,7 @@ def _repeat(x: jax.Array, size: int) -> jax.Array:
     return jnp.broadcast_to(x, (size, *x.shape))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _compiled(primitive: Primitive, tree: Any, spec: Any) -> Callable[..., Any]:
     """Outside jit a call is its own small jit, compiled once for each set of options and shapes."""
     return jax.jit(functools.partial(primitive.bind, tree=tree, spec=spec))

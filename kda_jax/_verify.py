@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from kda_jax import _inputs
 from kda_jax._gates import Gate
@@ -80,5 +79,5 @@ def verify(
     )
     spec = VerifySpec(**vars(spec), with_update=check.flag("with_update", with_update))
     state, state_indices = _inputs.pool(check, state, state_indices)
-    o, *update = OPERATION.bind(PoolOperands(*tokens, state, state_indices), spec)
+    o, *update = OPERATION.bind(PoolOperands(**tokens, state=state, state_indices=state_indices), spec)
     return o, Update(*update) if update else None

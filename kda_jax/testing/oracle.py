@@ -7,6 +7,7 @@ docs/mathematics.md as literally as they can, and are slow.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -76,8 +77,8 @@ def chunk_grad(
 
 def decode(q, k, v, g, beta, state, *, state_indices=None, **options) -> tuple[np.ndarray, np.ndarray]:
     """``kda.decode``: o [N, HV, V] and the pool."""
-    tokens = (_f64(x)[:, None] for x in (q, k, v, g, beta))
-    o, states = decode_mtp(*tokens, state, state_indices=state_indices, **options)
+    q, k, v, g, beta = (_f64(x)[:, None] for x in (q, k, v, g, beta))
+    o, states = decode_mtp(q, k, v, g, beta, state, state_indices=state_indices, **options)
     pool = _f64(state).copy()
     for n, slot in enumerate(_slots(state_indices, pool)):
         if 0 <= slot < len(pool):
@@ -154,7 +155,7 @@ def _spans(x: Activated, cu_seqlens: Any) -> list[tuple[int, int, int]]:
     if cu_seqlens is None:
         return [(row, 0, x.v.shape[1]) for row in range(x.v.shape[0])]
     offsets = [int(offset) for offset in np.asarray(cu_seqlens)]
-    return [(0, begin, end) for begin, end in zip(offsets[:-1], offsets[1:], strict=True)]
+    return [(0, begin, end) for begin, end in itertools.pairwise(offsets)]
 
 
 def _starts(x: Activated, initial_state: Any, cu_seqlens: Any) -> np.ndarray:

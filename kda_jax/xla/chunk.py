@@ -57,9 +57,7 @@ def forward(args: ChunkOperands, spec: ChunkSpec) -> tuple[jax.Array, ...]:
     state, (o, states) = chunked.scan(step, _initial_state(args, v.dtype), (reads, u, d.A_qk, d.k_out, d.decay))
     state_dtype = v.dtype if args.initial_state is None else args.initial_state.dtype
     outputs = chunked.to_tokens(o).astype(args.v.dtype), state.astype(state_dtype)
-    if spec.save_states:
-        outputs += (jnp.moveaxis(states, 0, 1),)
-    return outputs
+    return (*outputs, jnp.moveaxis(states, 0, 1)) if spec.save_states else outputs
 
 
 def backward(args: ChunkBackwardOperands, spec: ChunkSpec) -> tuple[jax.Array, ...]:
