@@ -1,7 +1,7 @@
 """The chunkwise form: matrix products over chunks and a scan that carries the state from chunk to chunk.
 
-Forward: what depends on one chunk alone is computed for all chunks at once, the scan does the rest. Backward: a reverse
-scan recomputes each chunk from its first state, so its working memory is one chunk's, whatever T.
+Forward: what depends on one chunk alone is computed for all chunks at once, before and after a scan that carries the
+state. Backward: a reverse scan recomputes each chunk from its first state, so its working memory is one chunk's, whatever T.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from kda_jax._operands import ChunkBackwardOperands, ChunkOperands, ChunkSpec
-from kda_jax.xla.decay import decayed_products, matmul, unit_lower_inverse
+from kda_jax.xla.decay import decayed_products, matmul, matmul_t, unit_lower_inverse
 from kda_jax.xla.layout import layout
 from kda_jax.xla.tokens import Tokens, for_value_heads, prepare
 
@@ -39,25 +40,23 @@ def decayed(q: jax.Array, k: jax.Array, g: jax.Array) -> Decayed:
 def forward(args: ChunkOperands, spec: ChunkSpec) -> tuple[jax.Array, ...]:
     """o, the final states and, for the backward pass, the state at the start of every chunk."""
     chunked = layout(args, spec)
-    q, k, v, g, beta = (chunked.to_chunks(x) for x in prepare(args, spec))
+    # The barrier keeps XLA from recomputing the activations in every reader of q, k and g.
+    q, k, v, g, beta = lax.optimization_barrier(Tokens(*map(chunked.to_chunks, prepare(args, spec))))
     beta = beta[..., None]
     d = decayed(q, k, g)
     inverse = unit_lower_inverse(beta * d.A_kk)
     w = matmul(inverse, beta * d.k_in)
     u = matmul(inverse, beta * v)
-    reads = jnp.concatenate([w, d.q_in], axis=-2)  # both read the chunk's first state: one product in the scan
 
     def step(state, chunk):
-        reads, u, A_qk, k_out, decay = chunk
-        w_read, q_read = jnp.split(matmul(reads, _t(state)), 2, axis=-2)
-        u = u - w_read
-        o = q_read + matmul(A_qk, u)
-        return state * decay + matmul(_t(u), k_out), (o, state if spec.save_states else None)
+        w, u, k_out, decay = chunk
+        u = u - matmul_t(w, state)
+        return state * decay + matmul(_t(u), k_out), (state, u)
 
-    state, (o, states) = chunked.scan(step, _initial_state(args, v.dtype), (reads, u, d.A_qk, d.k_out, d.decay))
-    state_dtype = v.dtype if args.initial_state is None else args.initial_state.dtype
-    outputs = chunked.to_tokens(o).astype(args.v.dtype), state.astype(state_dtype)
-    return (*outputs, jnp.moveaxis(states, 0, 1)) if spec.save_states else outputs
+    final, (states, u) = chunked.scan(step, _initial_state(args, v.dtype), (w, u, d.k_out, d.decay))
+    o = chunked.to_tokens(matmul_t(d.q_in, states) + matmul(d.A_qk, u)).astype(args.v.dtype)
+    final = final.astype(v.dtype if args.initial_state is None else args.initial_state.dtype)
+    return (o, final, jnp.moveaxis(states, 0, 1)) if spec.save_states else (o, final)
 
 
 def backward(args: ChunkBackwardOperands, spec: ChunkSpec) -> tuple[jax.Array, ...]:
@@ -73,7 +72,7 @@ def backward(args: ChunkBackwardOperands, spec: ChunkSpec) -> tuple[jax.Array, .
     args = args._replace(**per_row)
     raw = {name: getattr(args, name) for name in ("q", "k", "v", "g", "beta", *per_row)}
     tokens, pull_tokens = jax.vjp(lambda raw: prepare(args._replace(**raw), spec), raw)
-    chunks = Tokens(*map(chunked.to_chunks, tokens))
+    chunks = lax.optimization_barrier(Tokens(*map(chunked.to_chunks, tokens)))
     do = chunked.to_chunks(args.do.astype(tokens.v.dtype))
     states = jnp.moveaxis(args.states, 1, 0)
     dstate, dchunks = chunked.scan(_backward_step, args.dstate.astype(do.dtype), (chunks, states, do), reverse=True)
@@ -90,17 +89,17 @@ def _backward_step(dstate: jax.Array, chunk: tuple[Tokens, jax.Array, jax.Array]
     beta = beta[..., None]
     d, pull_decayed = jax.vjp(decayed, q, k, g)
     inverse = unit_lower_inverse(beta * d.A_kk)
-    residual = v - matmul(d.k_in, _t(state))  # (I + beta A_kk) u = beta residual
+    residual = v - matmul_t(d.k_in, state)  # (I + beta A_kk) u = beta residual
     u = matmul(inverse, beta * residual)
 
-    du = matmul(_t(d.A_qk), do) + matmul(d.k_out, _t(dstate))
+    du = matmul(_t(d.A_qk), do) + matmul_t(d.k_out, dstate)
     dsolved = matmul(_t(inverse), du)
     dresidual = beta * dsolved
-    dA = -jnp.tril(matmul(dsolved, _t(u)), -1)  # the cotangent of beta A_kk
+    dA = -jnp.tril(matmul_t(dsolved, u), -1)  # the cotangent of beta A_kk
     dbeta = jnp.sum(dsolved * residual, axis=-1) + jnp.sum(dA * d.A_kk, axis=-1)
     dq, dk, dg = pull_decayed(
         Decayed(
-            A_qk=matmul(do, _t(u)),
+            A_qk=matmul_t(do, u),
             A_kk=beta * dA,
             q_in=matmul(do, state),
             k_in=-matmul(dresidual, state),

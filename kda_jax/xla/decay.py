@@ -12,14 +12,13 @@ from jax import lax
 
 
 def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-    """``a @ b`` in full precision; products of at most 2 rows and columns go elementwise.
-
-    XLA's CPU backend calls its matrix product once for each batch element, about half a microsecond, which would
-    dominate the lowest levels of the recursions.
-    """
-    if max(a.shape[-2], b.shape[-1]) <= 2:
-        return jnp.sum(a[..., :, None, :] * jnp.swapaxes(b, -1, -2)[..., None, :, :], axis=-1)
+    """``a @ b`` in full precision."""
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+
+
+def matmul_t(a: jax.Array, b: jax.Array) -> jax.Array:
+    """``a @ b^T`` in full precision."""
+    return jnp.einsum("...ik,...jk->...ij", a, b, precision=lax.Precision.HIGHEST)
 
 
 def decayed_products(
@@ -46,17 +45,13 @@ def decayed_products(
 def _decayed_products(rows, k, g):
     """decayed_products for n blocks at a time, [..., n, C, K]."""
     if g.shape[-2] == 1:
-        return tuple(jnp.sum(x * k, axis=-1, keepdims=True) for x in rows), g, jnp.zeros_like(g)
+        return tuple(matmul_t(x, k) for x in rows), g, jnp.zeros_like(g)
     a, prefix, suffix = _decayed_products(tuple(map(_halve, rows)), _halve(k), _halve(g))
-    (upper, lower), (upper_suffix, lower_suffix) = _pair(prefix), _pair(suffix)
-    columns = _pair(_halve(k))[0] * jnp.exp(upper_suffix)
-    since_middle = jnp.exp(lower)
-    decayed = jnp.concatenate([_pair(_halve(x))[1] * since_middle for x in rows], axis=-2)
-    cross = jnp.split(matmul(decayed, jnp.swapaxes(columns, -1, -2)), len(rows), axis=-2)
+    since_middle, until_middle = jnp.exp(_pair(prefix)[1]), jnp.exp(_pair(suffix)[0])
+    columns = _pair(_halve(k))[0] * until_middle
+    cross = (matmul_t(_pair(_halve(x))[1] * since_middle, columns) for x in rows)
     a = tuple(_lower_block(*_pair(x), block) for x, block in zip(a, cross, strict=True))
-    prefix = jnp.concatenate([upper, lower + upper[..., -1:, :]], axis=-2)
-    suffix = jnp.concatenate([upper_suffix + lower[..., -1:, :], lower_suffix], axis=-2)
-    return a, prefix, suffix
+    return a, _join(prefix, 1, prefix[..., -1:, :]), _join(suffix, 0, prefix[..., -1:, :])
 
 
 def unit_lower_inverse(a: jax.Array) -> jax.Array:
@@ -90,6 +85,18 @@ def _pair(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     *lead, n, c, d = x.shape
     x = x.reshape(*lead, n // 2, 2, c, d)
     return x[..., 0, :, :], x[..., 1, :, :]
+
+
+def _join(sums: jax.Array, half: int, totals: jax.Array) -> jax.Array:
+    """Sums over n blocks as sums over n / 2: one half of each pair gains the total of the other.
+
+    A select where a concatenation would do: XLA's CPU backend vectorises it.
+    """
+    *lead, n, c, d = sums.shape
+    gains = (jnp.arange(2) == half)[:, None, None]
+    other = jnp.flip(totals.reshape(*lead, n // 2, 2, 1, d), axis=-3)
+    joined = sums.reshape(*lead, n // 2, 2, c, d) + jnp.where(gains, other, 0)
+    return joined.reshape(*lead, n // 2, 2 * c, d)
 
 
 def _lower_block(upper: jax.Array, lower: jax.Array, cross: jax.Array) -> jax.Array:

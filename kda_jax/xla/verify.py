@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from kda_jax._operands import PoolOperands, VerifySpec, single_chunk
 from kda_jax.xla import pool
 from kda_jax.xla.chunk import decayed
-from kda_jax.xla.decay import matmul, unit_lower_inverse
+from kda_jax.xla.decay import matmul, matmul_t, unit_lower_inverse
 from kda_jax.xla.layout import Uniform
 from kda_jax.xla.tokens import prepare
 
@@ -22,7 +22,7 @@ def verify(args: PoolOperands, spec: VerifySpec) -> tuple[jax.Array, ...]:
     state = pool.read(args.state, args.state_indices).astype(v.dtype)
     d = decayed(q, k, g)
     # The state is read once, by keys and queries together.
-    reads = matmul(jnp.concatenate([d.k_in, d.q_in], axis=-2), jnp.swapaxes(state, -1, -2))
+    reads = matmul_t(jnp.concatenate([d.k_in, d.q_in], axis=-2), state)
     k_read, q_read = jnp.split(reads, 2, axis=-2)
     u = matmul(unit_lower_inverse(beta * d.A_kk), beta * (v - k_read))
     o = one_chunk.to_tokens((q_read + matmul(d.A_qk, u))[None]).astype(args.v.dtype)
