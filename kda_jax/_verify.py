@@ -40,7 +40,7 @@ def verify(
     allow_neg_eigval: bool = False,
     scale: float | None = None,
     implementation: str | None = None,
-) -> tuple[jax.Array, Update | None]:
+) -> tuple[jax.Array, Update | Any]:  # None without the update; Any, so that callers need not assert
     """The outputs of T draft tokens, computed as one chunk from states that are only read.
 
     Where :func:`kda_jax.decode_mtp` returns T states a row, verify returns the compact :class:`kda_jax.Update`, from which
