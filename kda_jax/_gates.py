@@ -54,6 +54,8 @@ class LowerBound:
     lower_bound: float = dataclasses.field(default=LOWER_BOUND_MIN, metadata={"static": True})
 
     def __post_init__(self) -> None:
+        # One type for equal bounds: it is part of the pytree's structure.
+        object.__setattr__(self, "lower_bound", float(self.lower_bound))
         if not LOWER_BOUND_MIN <= self.lower_bound < 0:
             raise ValueError(
                 f"LowerBound: lower_bound is {self.lower_bound}; "

@@ -25,11 +25,11 @@ AXIS_WORDS = {
     "P": "slot count",
     "L": "layer count",
     "S": "sequence count",
+    "N+1": "offset count",
 }
 
 ACTIVATION_DTYPES = ("bfloat16", "float16", "float32", "float64")
 STATE_DTYPES = ("float32", "bfloat16", "float64")
-
 
 # Said by every operation that has no derivative.
 NOT_DIFFERENTIABLE = "{}: serving operations have no derivative; train with kda.chunk, which computes the same recurrence"
@@ -56,6 +56,8 @@ class Checker:
         if x.ndim != len(names):
             raise ValueError(f"{self.call}: {name} has shape {x.shape}, {x.ndim} axes; it must be {form}")
         for axis, size in zip(names, x.shape, strict=True):
+            if size < 1:
+                raise ValueError(f"{self.call}: {name} {form} has {AXIS_WORDS[axis]} {axis}=0; it must be at least 1")
             expected = self.sizes.setdefault(axis, size)
             source = self.set_by.setdefault(axis, name)
             if size != expected:
@@ -104,7 +106,7 @@ def tokens(
     _dispatch.check(check.call, operation, implementation)
     checked = {name: check.array(name, x, axes[name], ACTIVATION_DTYPES) for name, x in arrays.items()}
     heads, value_heads = check.sizes["H"], check.sizes["HV"]
-    if heads < 1 or value_heads < 1 or value_heads % heads:
+    if value_heads % heads:
         raise ValueError(
             f"{check.call}: v has head count HV={value_heads}; "
             f"it must be a positive multiple of the head count H={heads} of q and k"

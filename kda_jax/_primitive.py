@@ -113,6 +113,8 @@ class Operation:
     # The rules.
 
     def _eager(self, *leaves, tree, spec):
+        if jax.config.jax_disable_jit:  # for debugging: the plain implementation, operation by operation
+            return list(_dispatch.find(self.name, "xla", None)(tree.unflatten(leaves), spec))
         return _compiled(self.primitive, tree, spec)(*leaves)
 
     def _abstract(self, *avals, tree, spec):

@@ -25,7 +25,9 @@ def prepare(args: Any, spec: Spec) -> Tokens:
     """Casts, applies L2 norm, gate and sigmoid, and folds the output's scale into q."""
     dtype = arithmetic_dtype(args)
     q, k, v, g, beta = (x.astype(dtype) for x in args[:5])
-    A_log, dt_bias = (_per_row(x, g.ndim, own) for x, own in ((args.A_log, 1), (args.dt_bias, 2)))
+    A_log, dt_bias = (
+        None if x is None else _per_row(x.astype(dtype), g.ndim, own) for x, own in ((args.A_log, 1), (args.dt_bias, 2))
+    )
     if spec.qk_l2norm:
         q, k = _l2norm(q), _l2norm(k)
     if spec.beta_sigmoid:
@@ -39,9 +41,9 @@ def for_value_heads(x: jax.Array, value_heads: int, axis: int) -> jax.Array:
     return jnp.repeat(x, value_heads // x.shape[axis], axis=axis)
 
 
-def _per_row(x: jax.Array | None, ndim: int, own: int) -> jax.Array | None:
+def _per_row(x: jax.Array, ndim: int, own: int) -> jax.Array:
     """A gate parameter with ``own`` axes, or one more for rows, made to broadcast against [row, ..., HV, K]."""
-    if x is None or x.ndim == own:
+    if x.ndim == own:
         return x
     return x.reshape(x.shape[0], *(1,) * (ndim - 3), *x.shape[1:])
 
