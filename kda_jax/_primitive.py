@@ -113,7 +113,7 @@ class Operation:
     # The rules.
 
     def _eager(self, *leaves, tree, spec):
-        if jax.config.jax_disable_jit:  # for debugging: the plain implementation, operation by operation
+        if jax.config.jax_disable_jit:  # type: ignore[attr-defined]  # for debugging: operation by operation, in Python
             return list(_dispatch.find(self.name, "xla", None)(tree.unflatten(leaves), spec))
         return _compiled(self.primitive, tree, spec)(*leaves)
 
