@@ -110,7 +110,7 @@ def chunk(
         scale=scale,
         implementation=implementation,
     )
-    if chunk_size not in (16, 32, 64, 128):
+    if not isinstance(chunk_size, int) or chunk_size not in (16, 32, 64, 128):
         raise ValueError(f"kda.chunk: chunk_size is {chunk_size!r}; it must be 16, 32, 64 or 128")
     if cu_seqlens is not None:
         cu_seqlens = _check_cu_seqlens(check, cu_seqlens)

@@ -51,12 +51,19 @@ def flush(
     Source: the last line of the chunkwise gated delta rule (Yang et al., 2024), cut after m tokens.
     """
     check = _inputs.Checker("kda.flush")
+    return _flush(check, state, update, num_accepted, state_indices, implementation)
+
+
+def _flush(
+    check: _inputs.Checker, state: Any, update: Any, num_accepted: Any, state_indices: Any, implementation: str | None
+) -> jax.Array:
     _dispatch.check(check.call, OPERATION.name, implementation)
     if not isinstance(update, Update):
         raise TypeError(
             f"{check.call}: update is a {type(update).__name__}; it must be the kda.Update that kda.verify returned"
         )
     u, k, g = (check.array(f"update.{name}", getattr(update, name), FLUSH_AXES[name], UPDATE_DTYPES) for name in "ukg")
+    check.groups()
     state, state_indices = _inputs.pool(check, state, state_indices)
     num_accepted = _inputs.accepted(check, num_accepted, least=0)
     (state,) = OPERATION.bind(FlushOperands(u, k, g, state, state_indices, num_accepted), FlushSpec(implementation))
@@ -96,7 +103,7 @@ def flush_layers(
         check.array(f"updates.{name}", getattr(updates, name), f"L {FLUSH_AXES[name]}", UPDATE_DTYPES)
 
     def one(state: jax.Array, update: Update) -> jax.Array:
-        return flush(state, update, num_accepted, state_indices=state_indices, implementation=implementation)
+        return _flush(_inputs.Checker(call), state, update, num_accepted, state_indices, implementation)
 
     # The batching rule folds the layers into the rows and the slots: one call, whatever L.
     return jax.vmap(one)(states, updates)

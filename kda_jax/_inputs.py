@@ -78,7 +78,19 @@ class Checker:
             x = np.asarray(x)
         if not np.issubdtype(x.dtype, np.integer):
             raise TypeError(f"{self.call}: {name} has dtype {x.dtype}; it must hold integers (int32)")
-        return self.array(name, x.astype(np.int32), axes, ("int32",))
+        # Clipped, so that a wider integer outside int32 stays outside every pool instead of wrapping into one.
+        own, narrow = np.iinfo(x.dtype), np.iinfo(np.int32)
+        x = jnp.asarray(x.clip(max(own.min, narrow.min), min(own.max, narrow.max)), jnp.int32)
+        return self.array(name, x, axes, ("int32",))
+
+    def groups(self) -> None:
+        """What grouped value attention asks of the two head counts."""
+        heads, value_heads = self.sizes["H"], self.sizes["HV"]
+        if value_heads % heads:
+            raise ValueError(
+                f"{self.call}: {self.set_by['HV']} has head count HV={value_heads}; "
+                f"it must be a multiple of the head count H={heads} of {self.set_by['H']}"
+            )
 
 
 def concrete(x: jax.Array) -> np.ndarray | None:
@@ -105,12 +117,7 @@ def tokens(
     """
     _dispatch.check(check.call, operation, implementation)
     checked = {name: check.array(name, x, axes[name], ACTIVATION_DTYPES) for name, x in arrays.items()}
-    heads, value_heads = check.sizes["H"], check.sizes["HV"]
-    if value_heads % heads:
-        raise ValueError(
-            f"{check.call}: v has head count HV={value_heads}; "
-            f"it must be a positive multiple of the head count H={heads} of q and k"
-        )
+    check.groups()
     kind, lower_bound, A_log, dt_bias = None, None, None, None
     if gate is not None:
         if not isinstance(gate, (Softplus, LowerBound)):
@@ -135,7 +142,7 @@ def tokens(
         )
     if scale is None:
         scale = check.sizes["K"] ** -0.5
-    elif not isinstance(scale, (int, float, np.number)) or not np.isfinite(scale):
+    elif isinstance(scale, bool) or not isinstance(scale, (int, float, np.number)) or not np.isfinite(scale):
         raise TypeError(f"{check.call}: scale is {scale!r}; it must be None (K ** -0.5) or a finite Python number")
     spec = Spec(gate=kind, lower_bound=lower_bound, scale=float(scale), implementation=implementation, **flags)
     return checked | {"A_log": A_log, "dt_bias": dt_bias}, spec

@@ -1,0 +1,184 @@
+"""What the test files share: comparisons, cases by name, and every operation as a function of one dict of arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+import kda_jax as kda
+from kda_jax.testing import cases, oracle
+from kda_jax.testing.cases import Case
+
+FLAGS = {"qk_l2norm": True, "beta_sigmoid": True}
+ROWS = Case("rows", batch=3, tokens=4, value_heads=4, k_dim=8, v_dim=16, pool_size=7)
+# Two chunks and a part of one.
+SEQUENCES = Case("sequences", batch=3, tokens=40, value_heads=4, k_dim=8, v_dim=16)
+
+
+# XLA picks its GPU reductions by shape; what is promised to the bit, and in place, is promised of xla on CPU.
+xla_on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="bits and copies of xla on CPU")
+
+
+def over(some: Sequence[Case], *names: str) -> pytest.MarkDecorator:
+    """Parametrises ``case`` over the shared cases, or over those named."""
+    by_name = {case.name: case for case in some}
+    return pytest.mark.parametrize("case", [by_name[name] for name in names] or some, ids=str)
+
+
+def _pairs(out: Any, reference: Any) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    assert jax.tree.structure(out) == jax.tree.structure(reference)
+    for (path, x), y in zip(jax.tree.leaves_with_path(out), jax.tree.leaves(reference), strict=True):
+        x, y, where = np.asarray(x), np.asarray(y), jax.tree_util.keystr(path)
+        assert x.shape == y.shape, where
+        yield where, x, y
+
+
+def assert_close(out: Any, reference: Any, limit: float) -> None:
+    """``||out - reference|| <= limit ||reference||``, leaf by leaf; what float32 has no normal number for counts as zero."""
+    for where, x, y in _pairs(out, reference):
+        error = oracle.error(x, np.where(np.abs(y) < np.finfo(np.float32).tiny, 0, y))
+        assert error <= limit, f"{where}: error {error:.1e} above {limit:.0e}"
+
+
+def assert_equal(out: Any, reference: Any) -> None:
+    """Equality bit for bit, leaf by leaf."""
+    for where, x, y in _pairs(out, reference):
+        assert x.dtype == y.dtype, where
+        bits = f"u{x.dtype.itemsize}"
+        np.testing.assert_array_equal(x.view(bits), y.view(bits), where)
+
+
+def equations(jaxpr: Any, name: str) -> Iterator[Any]:
+    """The equations of the primitive ``name``, in nested jaxprs too."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == name:
+            yield equation
+        for nested in jaxprs_in_params(equation.params):
+            yield from equations(nested, name)
+
+
+def rows(tree: Any, index: Any) -> Any:
+    """``x[index]`` of every leaf."""
+    return jax.tree.map(lambda x: x[index], tree)
+
+
+def stack(trees: Sequence[Any], axis: int = 0) -> Any:
+    """Trees of arrays as one, along a new axis."""
+    return jax.tree.map(lambda *xs: jnp.stack(xs, axis), *trees)
+
+
+def arrays(case: Case, layout: str, seed: int = 0) -> dict[str, Any]:
+    """The arrays of a case under the names that the operations take them by, the gate among them."""
+    drawn = cases.draw(case, layout=layout, seed=seed)
+    named = dict(zip(("q", "k", "v", "g", "beta"), drawn.arrays, strict=True)) | {"gate": drawn.gate}
+    if drawn.state is not None:
+        named["initial_state" if layout == "chunk" else "state"] = drawn.state
+    return jax.tree.map(jnp.asarray, named)
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """An operation as a function of one dict of arrays, with a way to draw them: what transformations are tested on."""
+
+    name: str
+    primitive: str
+    run: Callable[..., Any]
+    draw: Callable[..., dict[str, Any]]  # from a seed and changes to the case
+
+    def __call__(self, arrays: dict[str, Any]) -> Any:
+        return self.run(**arrays)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def chunk(**arrays: Any) -> Any:
+    return kda.chunk(**arrays, **FLAGS, chunk_size=16)
+
+
+def chunk_grad(**arrays: Any) -> Any:
+    """The gradients of one scalar of both outputs in all the arrays."""
+
+    def loss(arrays):
+        o, state = chunk(**arrays)
+        return jnp.sum(o * o) + jnp.sum(jnp.sin(state))
+
+    return jax.grad(loss)(arrays)
+
+
+def decode(**arrays: Any) -> Any:
+    return kda.decode(**arrays, **FLAGS)
+
+
+def decode_mtp(**arrays: Any) -> Any:
+    return kda.decode_mtp(**arrays, **FLAGS)
+
+
+def verify(**arrays: Any) -> Any:
+    return kda.verify(**arrays, **FLAGS)
+
+
+def _rows(layout: str, gate: str, seed: int, **changes: Any) -> dict[str, Any]:
+    case = dataclasses.replace(ROWS, gate=gate, **changes)
+    return arrays(case, layout, seed) | _slots(case, seed, case.batch)
+
+
+def _sequences(seed: int, **changes: Any) -> dict[str, Any]:
+    return arrays(dataclasses.replace(SEQUENCES, **changes), "chunk", seed)
+
+
+def _packed(seed: int, **changes: Any) -> dict[str, Any]:
+    """Three sequences, each of any length from none on, and padding behind them."""
+    inner = np.sort(np.random.default_rng(seed).integers(0, SEQUENCES.tokens, 3))
+    offsets = jnp.asarray([0, *inner], jnp.int32)
+    return _sequences(seed, batch=1, cu_seqlens=(0, 0, 0, 0), **changes) | {"cu_seqlens": offsets}
+
+
+def _paged(seed: int, **changes: Any) -> dict[str, Any]:
+    case = dataclasses.replace(ROWS, tokens=2, **changes)
+    accepted = {"num_accepted": _counts(seed, 1, case.tokens, case.batch)}
+    return arrays(case, "draft", seed) | _slots(case, seed, case.batch, case.tokens) | accepted
+
+
+def _flush(seed: int, **changes: Any) -> dict[str, Any]:
+    drawn = _rows("draft", "softplus", seed, **changes)
+    update = kda.Update(drawn["v"], drawn["k"], -jnp.abs(drawn["g"]))
+    accepted = _counts(seed, 0, drawn["v"].shape[1], drawn["v"].shape[0])
+    return {name: drawn[name] for name in ("state", "state_indices")} | {"update": update, "num_accepted": accepted}
+
+
+def _slots(case: Case, seed: int, *shape: int) -> dict[str, Any]:
+    """Distinct slots, the second row's outside the pool."""
+    slots = np.random.default_rng(seed).permutation(case.pool_size)[: np.prod(shape)].reshape(shape)
+    slots[1] = -1
+    return {"state_indices": jnp.asarray(slots, jnp.int32)}
+
+
+def _counts(seed: int, least: int, most: int, rows: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).integers(least, most + 1, rows), jnp.int32)
+
+
+CHUNK = Call("chunk", "kda_chunk_fwd", chunk, _sequences)
+CHUNK_PACKED = Call("chunk-packed", "kda_chunk_fwd", chunk, _packed)
+CHUNK_GRAD = Call("chunk-grad", "kda_chunk_bwd", chunk_grad, _sequences)
+DECODE = Call("decode", "kda_decode", decode, partial(_rows, "decode", "softplus"))
+DECODE_MTP = Call("decode_mtp", "kda_decode_mtp", decode_mtp, partial(_rows, "draft", "lower_bound"))
+DECODE_MTP_PAGED = Call("decode_mtp-paged", "kda_decode_mtp_paged", decode_mtp, _paged)
+VERIFY = Call("verify", "kda_verify", verify, partial(_rows, "draft", "lower_bound"))
+FLUSH = Call("flush", "kda_flush", kda.flush, _flush)
+
+WITH_TOKENS = (DECODE, DECODE_MTP, DECODE_MTP_PAGED, VERIFY)
+SERVING = (*WITH_TOKENS, FLUSH)
+CALLS = (CHUNK, CHUNK_PACKED, CHUNK_GRAD, *SERVING)
+
+
+def over_calls(*calls: Call) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("call", calls or CALLS, ids=str)
