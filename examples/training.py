@@ -1,0 +1,56 @@
+"""Training: the loss of all heads, the optimiser and the jitted steps."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from model import LanguageModel
+
+WARMUP_STEPS = 50
+DRAFT_WEIGHT = 0.5  # of the mean loss of the drafting heads, against that of the next byte
+
+
+def make_optimizer(model: LanguageModel, steps: int, learning_rate: float) -> nnx.Optimizer:
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, learning_rate, min(WARMUP_STEPS, steps // 4), steps, end_value=learning_rate / 20
+    )
+    optimizer = optax.adamw(schedule, b2=0.98, weight_decay=0.1, mask=_is_kernel)
+    return nnx.Optimizer(model, optax.chain(optax.clip_by_global_norm(1.0), optimizer), wrt=nnx.Param)
+
+
+def _is_kernel(parameters: nnx.State) -> nnx.State:
+    """Only projections decay: no embedding, norm, convolution or gate."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: "kernel" in jax.tree_util.keystr(path), parameters)
+
+
+def losses(model: LanguageModel, windows: jax.Array) -> jax.Array:
+    """Nats a byte on ``[B, S + 1 + draft_length]`` bytes: of the next byte, then of each drafting head."""
+    heads = 1 + model.config.draft_length
+    length = windows.shape[1] - heads
+    hidden, _ = model(windows[:, :length])
+    targets = jnp.stack([windows[:, 1 + ahead :][:, :length] for ahead in range(heads)], axis=-1).astype(jnp.int32)
+    logits = jnp.concatenate([model.logits(hidden)[..., None, :], model.draft_logits(hidden, targets[..., :-1])], axis=-2)
+    nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    return jnp.mean(nats, axis=(0, 1))
+
+
+@functools.partial(jax.jit, donate_argnames=("model", "optimizer"))
+def train_step(
+    model: LanguageModel, optimizer: nnx.Optimizer, windows: jax.Array
+) -> tuple[LanguageModel, nnx.Optimizer, jax.Array]:
+    """One update of model and optimizer, and the loss of the next byte before it."""
+
+    def objective(model: LanguageModel) -> tuple[jax.Array, jax.Array]:
+        following, *drafted = losses(model, windows)
+        return following + DRAFT_WEIGHT * jnp.mean(jnp.stack(drafted)), following
+
+    (_, following), gradients = nnx.value_and_grad(objective, has_aux=True)(model)
+    optimizer.update(model, gradients)
+    return model, optimizer, following
+
+
+evaluate = jax.jit(losses)

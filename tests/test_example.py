@@ -1,0 +1,160 @@
+"""examples/train_and_decode.py: the script as a user runs it, and the equivalences that its decoding rests on."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+nnx = pytest.importorskip("flax.nnx")
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
+SMALL = {"layers": 2, "heads": 1, "value_heads": 2, "head_dim": 16, "width": 32, "draft_length": 3}
+POOL_SIZE = 7
+SLOTS = np.array([5, -1, 2, 3], np.int32)  # row 1 is padding
+LIVE = SLOTS >= 0
+
+
+@pytest.fixture(scope="module")
+def modules():
+    """model.py and generate.py, importable by their plain names for this file alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(EXAMPLES)
+        yield importlib.import_module("model"), importlib.import_module("generate")
+    for path in EXAMPLES.glob("*.py"):
+        sys.modules.pop(path.stem, None)
+
+
+@pytest.fixture
+def language_model(modules):
+    model, _ = modules
+    return model.LanguageModel(model.ModelConfig(**SMALL), rngs=nnx.Rngs(0))
+
+
+def random_bytes(length: int) -> jax.Array:
+    return jax.random.randint(jax.random.key(1), (len(SLOTS), length), 0, 256)
+
+
+def test_the_three_ways_to_run_the_model_agree(modules, language_model):
+    """Prefill and verified tokens, some of them accepted, against the same tokens decoded one by one."""
+    model, generate = modules
+    before, num_accepted = 20, np.array([1, 4, 0, 3], np.int32)
+    tokens = random_bytes(before + 4)
+
+    whole, _ = jax.jit(lambda model, tokens: model(tokens))(language_model, tokens)
+    cache, *_ = generate.prefill(language_model, tokens[:, :before], SLOTS, pool_size=POOL_SIZE)
+    verified, pending = jax.jit(lambda model, *args: model.verify(*args))(language_model, tokens[:, before:], cache, SLOTS)
+    cache = jax.jit(lambda model, *args: model.commit(*args))(language_model, cache, pending, num_accepted, SLOTS)
+
+    decode = jax.jit(lambda model, *args: model.decode(*args))
+    stepwise, caches = [], [model.Cache.empty(language_model.config, POOL_SIZE)]
+    for column in tokens.T:
+        hidden, following = decode(language_model, column, caches[-1], SLOTS)
+        stepwise.append(hidden)
+        caches.append(following)
+    stepwise = jnp.stack(stepwise, axis=1)
+
+    for hidden, expected in ((whole, stepwise), (verified, stepwise[:, before:])):
+        logits, expected = (np.asarray(language_model.logits(x))[LIVE] for x in (hidden, expected))
+        np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
+    for slot, accepted in zip(SLOTS[LIVE], num_accepted[LIVE], strict=True):
+        for pool, expected in zip(jax.tree.leaves(cache), jax.tree.leaves(caches[before + accepted]), strict=True):
+            np.testing.assert_allclose(pool[:, slot], expected[:, slot], atol=1e-4, rtol=0)
+
+
+def rig_untrained(model) -> None:
+    """Heads draft as they were initialised: the next byte, once more."""
+
+
+def rig_random_drafts(model) -> None:
+    for seed, head in enumerate(model.draft_heads):
+        head.out.kernel[...] = 10 * jax.random.normal(jax.random.key(seed), head.out.kernel.shape)
+
+
+def rig_perfect_drafts(model) -> None:
+    """Blocks that add nothing: the next byte is a function of the last, and soon the heads' copies of it are right."""
+    for block in model.blocks:
+        block.attention.out.kernel[...] = jnp.zeros_like(block.attention.out.kernel)
+        block.mlp_out.kernel[...] = jnp.zeros_like(block.mlp_out.kernel)
+
+
+@pytest.mark.parametrize(
+    ("rig", "least", "most"), [(rig_untrained, 0, 3), (rig_random_drafts, 0, 0.2), (rig_perfect_drafts, 3, 3)]
+)
+def test_speculative_decoding_emits_the_plain_bytes(modules, language_model, rig, least, most):
+    _, generate = modules
+    rig(language_model)
+    length = 42
+    free = np.setdiff1d(np.arange(POOL_SIZE), SLOTS)
+
+    def start():
+        cache, first, drafts = generate.prefill(language_model, random_bytes(20), SLOTS, pool_size=POOL_SIZE)
+        return jax.tree.map(lambda pool: pool.at[:, free].set(jnp.nan), cache), first, drafts
+
+    cache, first, _ = start()
+    plain = generate.decode_plainly(language_model, cache, first, SLOTS, length=length)
+    speculative = generate.decode_speculatively(language_model, *start(), SLOTS, length=length)
+
+    np.testing.assert_array_equal(speculative.output, plain.output)
+    assert not plain.output[~LIVE].any()
+    assert (speculative.emitted == length).all()
+    assert plain.calls == length - 1
+    accepted = np.repeat(np.arange(len(speculative.accepted)), speculative.accepted)
+    assert least <= accepted.mean() <= most
+    assert speculative.calls >= len(accepted) / LIVE.sum()
+    if least == most:
+        assert speculative.calls == -(-(length - 1) // (1 + most))
+    for run in (plain, speculative):
+        for pool in jax.tree.leaves(run.cache):
+            assert np.isnan(pool[:, free]).all()  # nobody else's slot was touched
+            assert np.isfinite(pool[:, SLOTS[LIVE]]).all()
+
+
+def run_script(output: pathlib.Path, *flags: object) -> str:
+    command = [sys.executable, EXAMPLES / "train_and_decode.py", "--output", output, *flags]
+    environment = os.environ | {
+        "XLA_FLAGS": "",  # one device, as a user has it
+        # Nearly all of the time is compilation: little of it, and once for all runs.
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(output.parent / "compiled"),
+        "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_script_trains_decodes_and_goes_on_from_its_checkpoint(tmp_path):
+    output = tmp_path / "run"
+    size = [x for name, value in (SMALL | {"layers": 1}).items() for x in ("--" + name.replace("_", "-"), value)]
+    training = ["--batch", 2, "--seq-len", 32]
+    decoding = ["--prompts", 3, "--prompt-len", 24, "--decode-len", 24]
+
+    def results() -> dict:
+        return json.loads((output / "results.json").read_text())
+
+    assert "byte-identical" in run_script(output, *size, *training, *decoding, "--steps", 12)
+    first = results()
+    assert first["identical"]
+    assert first["trained_steps"] == 12
+    assert first["plain_calls"] == 23 >= first["speculative_calls"]
+    assert np.isfinite(first["held_out_loss"])
+    for figure in ("loss.png", "acceptance.png"):
+        assert (output / figure).read_bytes().startswith(b"\x89PNG")
+
+    assert "byte-identical" in run_script(output, *decoding, "--decode-only")
+    unchanged = {name for name in first if not name.endswith("_per_second")}
+    assert {name: results()[name] for name in unchanged} == {name: first[name] for name in unchanged}
+
+    assert "byte-identical" in run_script(output, *training, *decoding, "--resume", "--steps", 20)
+    assert results()["trained_steps"] == 20
