@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from kda_jax._operands import ChunkBackwardOperands, ChunkOperands, ChunkSpec
 from kda_jax.xla.decay import decayed_products, matmul, matmul_t, unit_lower_inverse
@@ -40,8 +39,7 @@ def decayed(q: jax.Array, k: jax.Array, g: jax.Array) -> Decayed:
 def forward(args: ChunkOperands, spec: ChunkSpec) -> tuple[jax.Array, ...]:
     """o, the final states and, for the backward pass, the state at the start of every chunk."""
     chunked = layout(args, spec)
-    # The barrier keeps XLA from recomputing the activations in every reader of q, k and g.
-    q, k, v, g, beta = lax.optimization_barrier(Tokens(*map(chunked.to_chunks, prepare(args, spec))))
+    q, k, v, g, beta = map(chunked.to_chunks, prepare(args, spec))
     beta = beta[..., None]
     d = decayed(q, k, g)
     inverse = unit_lower_inverse(beta * d.A_kk)
@@ -72,7 +70,7 @@ def backward(args: ChunkBackwardOperands, spec: ChunkSpec) -> tuple[jax.Array, .
     args = args._replace(**per_row)
     raw = {name: getattr(args, name) for name in ("q", "k", "v", "g", "beta", *per_row)}
     tokens, pull_tokens = jax.vjp(lambda raw: prepare(args._replace(**raw), spec), raw)
-    chunks = lax.optimization_barrier(Tokens(*map(chunked.to_chunks, tokens)))
+    chunks = Tokens(*map(chunked.to_chunks, tokens))
     do = chunked.to_chunks(args.do.astype(tokens.v.dtype))
     states = jnp.moveaxis(args.states, 1, 0)
     dstate, dchunks = chunked.scan(_backward_step, args.dstate.astype(do.dtype), (chunks, states, do), reverse=True)

@@ -53,16 +53,15 @@ def _steps(state: jax.Array, args: PoolOperands | PagedOperands, spec: Spec) -> 
 def _step(state: jax.Array, args: PoolOperands | PagedOperands, spec: Spec) -> tuple[jax.Array, jax.Array]:
     """One token for every row: o [N, HV, V] and the state in the dtype it came in.
 
-    Everything that one token needs, activations too, stands between two barriers, so that XLA compiles it alike in decode
-    and in the loop of decode_mtp, to the bit.
+    Everything that one token needs is computed here, activations too: taken for all tokens at once in decode_mtp, they
+    would be compiled in another way than in decode, and differ from it in the last bit.
     """
-    state, args = lax.optimization_barrier((state, args))
     q, k, v, g, beta = prepare(args, spec)
     q, k = (for_value_heads(x, v.shape[1], axis=1) for x in (q, k))
     s = state.astype(g.dtype) * jnp.exp(g)[:, :, None, :]
     u = beta[..., None] * (v - _matvec(s, k))
     s = s + u[..., None] * k[:, :, None, :]
-    return lax.optimization_barrier((_matvec(s, q), s.astype(state.dtype)))
+    return _matvec(s, q), s.astype(state.dtype)
 
 
 def _matvec(s: jax.Array, x: jax.Array) -> jax.Array:
