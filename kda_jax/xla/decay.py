@@ -51,7 +51,8 @@ def _decayed_products(rows, k, g):
     columns = _pair(_halve(k))[0] * until_middle
     cross = (matmul_t(_pair(_halve(x))[1] * since_middle, columns) for x in rows)
     a = tuple(_lower_block(*_pair(x), block) for x, block in zip(a, cross, strict=True))
-    return a, _join(prefix, 1, prefix[..., -1:, :]), _join(suffix, 0, prefix[..., -1:, :])
+    upper_total, lower_total = _pair(prefix[..., -1:, :])
+    return a, _join(prefix, 1, upper_total), _join(suffix, 0, lower_total)
 
 
 def unit_lower_inverse(a: jax.Array) -> jax.Array:
@@ -87,15 +88,14 @@ def _pair(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return x[..., 0, :, :], x[..., 1, :, :]
 
 
-def _join(sums: jax.Array, half: int, totals: jax.Array) -> jax.Array:
-    """Sums over n blocks as sums over n / 2: one half of each pair gains the total of the other.
+def _join(sums: jax.Array, half: int, other: jax.Array) -> jax.Array:
+    """Sums over n blocks as sums over n / 2: the given half of each pair gains the other half's total.
 
     A select where a concatenation would do: XLA's CPU backend vectorises it.
     """
     *lead, n, c, d = sums.shape
     gains = (jnp.arange(2) == half)[:, None, None]
-    other = jnp.flip(totals.reshape(*lead, n // 2, 2, 1, d), axis=-3)
-    joined = sums.reshape(*lead, n // 2, 2, c, d) + jnp.where(gains, other, 0)
+    joined = sums.reshape(*lead, n // 2, 2, c, d) + jnp.where(gains, other[..., None, :, :], 0)
     return joined.reshape(*lead, n // 2, 2 * c, d)
 
 
