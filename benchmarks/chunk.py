@@ -22,19 +22,7 @@ def run(names: list[str], repeats: int) -> list[dict[str, Any]]:
 
 def _run(name: str, shape: cases.Shape, repeats: int) -> list[dict[str, Any]]:
     # Log decays and weights as the bare recurrence takes them, so that every contestant does the same work.
-    case = cases.Case(
-        name,
-        batch=shape.batch,
-        tokens=shape.tokens,
-        heads=shape.heads,
-        value_heads=shape.value_heads,
-        k_dim=shape.dim,
-        v_dim=shape.dim,
-        dtype=shape.dtype,
-        gate=None,
-        qk_l2norm=False,
-        beta_sigmoid=False,
-    )
+    case = shape.case(name, gate=None, qk_l2norm=False, beta_sigmoid=False)
     args = tuple(map(jnp.asarray, cases.draw(case, layout="chunk").arrays))
     forward: dict[str, Callable[..., Any]] = {
         "chunk": functools.partial(kda.chunk, implementation="xla"),

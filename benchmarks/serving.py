@@ -23,18 +23,7 @@ def _run(name: str, repeats: int) -> list[dict[str, Any]]:
     rows = []
     for kind in ("decode", "draft"):
         shape = cases.SHAPES[kind][name]
-        case = cases.Case(
-            name,
-            batch=shape.batch,
-            tokens=shape.tokens,
-            heads=shape.heads,
-            value_heads=shape.value_heads,
-            k_dim=shape.dim,
-            v_dim=shape.dim,
-            dtype=shape.dtype,
-            gate="lower_bound",
-        )
-        inputs = cases.draw(case, layout=kind)
+        inputs = cases.draw(shape.case(name, gate="lower_bound"), layout=kind)
         args = (*map(jnp.asarray, inputs.arrays), jnp.asarray(inputs.state))
         state_bytes = args[-1].nbytes
         if kind == "decode":

@@ -164,6 +164,11 @@ class Shape:
     dim: int
     dtype: str = "bfloat16"
 
+    def case(self, name: str, **changes: Any) -> Case:
+        """The case of this shape, with other options where ``changes`` says so."""
+        sizes = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "dim"}
+        return Case(name, k_dim=self.dim, v_dim=self.dim, **sizes | changes)
+
 
 # Named by operation; the small ones are for CPUs, the others are layers of real models on one GPU.
 SHAPES = {
