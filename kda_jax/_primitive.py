@@ -132,7 +132,8 @@ class Operation:
         implementation = _dispatch.find(self.name, spec.implementation, platform)
 
         def flat(*leaves):
-            return implementation(tree.unflatten(leaves), spec)
+            with jax.numpy_rank_promotion("allow"):  # a user's stricter setting is for the user's own code
+                return implementation(tree.unflatten(leaves), spec)
 
         return mlir.lower_fun(flat, multiple_results=True)(ctx, *leaves)
 

@@ -12,6 +12,7 @@ from kda_jax.testing import cases
 
 from .common import (
     CHUNK,
+    CHUNK_GRAD,
     CHUNK_PACKED,
     DECODE,
     DECODE_MTP_PAGED,
@@ -52,6 +53,27 @@ def test_integers_are_traced(call: Call):
         drawn = call.draw(seed)
         assert_close(run(drawn), call(drawn), 1e-6)
     assert run._cache_size() == 1
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        lambda: jax.numpy_rank_promotion("raise"),
+        lambda: jax.numpy_dtype_promotion("strict"),
+        lambda: jax.enable_x64(True),
+        lambda: jax.debug_nans(True),
+    ],
+    ids=["rank-promotion", "dtype-promotion", "x64", "debug-nans"],
+)
+@over_calls(CHUNK_PACKED, CHUNK_GRAD, DECODE, DECODE_MTP_PAGED, FLUSH)
+def test_strict_settings_of_the_user(call: Call, setting):
+    """They change neither results nor dtypes."""
+    drawn = call.draw(0)
+    reference = jax.jit(call)(drawn)
+    with setting():
+        results = jax.jit(lambda drawn: call(drawn))(drawn)
+    assert [x.dtype for x in jax.tree.leaves(results)] == [x.dtype for x in jax.tree.leaves(reference)]
+    assert_close(results, reference, 1e-6)
 
 
 # Control flow
