@@ -75,7 +75,9 @@ def table(rows: list[dict[str, Any]], columns: dict[str, str]) -> str:
 
 
 def _cpu_name() -> str:
-    """The processor's name and the number of cores this process may use."""
+    """The processor's name and the number of cores this process may use, as far as the system tells."""
     info = pathlib.Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {len(os.sched_getaffinity(0))} cores"
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{names[0] if names else platform.processor()}, {cores} cores"

@@ -20,10 +20,9 @@ def save_loss_curve(path: pathlib.Path, curve: LossCurve) -> None:
     _finish(figure, axes, path)
 
 
-def save_acceptance_histogram(path: pathlib.Path, accepted: list[int]) -> None:
-    """``accepted[a]`` is how many verify calls of a request accepted ``a`` drafts."""
+def save_acceptance_histogram(path: pathlib.Path, accepted: list[int], mean: float) -> None:
+    """``accepted[a]`` is how many verify calls of a request accepted ``a`` drafts, ``mean`` of them on average."""
     total = sum(accepted)
-    mean = sum(count * drafts for drafts, count in enumerate(accepted)) / total
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     bars = axes.bar(range(len(accepted)), [count / total for count in accepted], color="tab:blue", alpha=0.8)
     axes.bar_label(bars, [f"{count / total:.0%}" for count in accepted], padding=2)

@@ -224,7 +224,9 @@ def main() -> int:
     report(decoded, results)
 
     plots.save_loss_curve(args.output / "loss.png", curve)
-    plots.save_acceptance_histogram(args.output / "acceptance.png", results["accepted_histogram"])
+    plots.save_acceptance_histogram(
+        args.output / "acceptance.png", results["accepted_histogram"], results["mean_drafts_accepted"]
+    )
     (args.output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     print(f"written to {args.output}/: loss.png, acceptance.png, results.json, checkpoint/")
     return 0 if results["identical"] else 1

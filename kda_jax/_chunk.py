@@ -118,6 +118,7 @@ def chunk(
         check.sizes["S"] = check.sizes["B"] if cu_seqlens is None else cu_seqlens.shape[1] - 1
         check.set_by["S"] = "q" if cu_seqlens is None else "cu_seqlens"
         initial_state = check.array("initial_state", initial_state, CHUNK_AXES["initial_state"], _inputs.STATE_DTYPES)
+    # Outside the custom_vjp: a shared operand's gradient is summed over the shards by the transpose of this cast.
     operands = vary_together(ChunkOperands(**tokens, initial_state=initial_state, cu_seqlens=cu_seqlens))
     return _chunk(operands, ChunkSpec(**vars(spec), chunk_size=chunk_size))
 

@@ -114,7 +114,7 @@ class Operation:
 
     def _eager(self, *leaves, tree, spec):
         if jax.config.jax_disable_jit:  # type: ignore[attr-defined]  # for debugging: operation by operation, in Python
-            return list(_dispatch.find(self.name, "xla", None)(tree.unflatten(leaves), spec))
+            return list(self._flat("xla", None, tree, spec)(*leaves))
         return _compiled(self.primitive, tree, spec)(*leaves)
 
     def _abstract(self, *avals, tree, spec):
@@ -129,13 +129,17 @@ class Operation:
         return [aval(out) for out in outputs]
 
     def _lower(self, ctx, *leaves, tree, spec, platform):
-        implementation = _dispatch.find(self.name, spec.implementation, platform)
+        return mlir.lower_fun(self._flat(spec.implementation, platform, tree, spec), multiple_results=True)(ctx, *leaves)
+
+    def _flat(self, implementation, platform, tree, spec):
+        """The implementation as a function of the operands that are there."""
+        function = _dispatch.find(self.name, implementation, platform)
 
         def flat(*leaves):
             with jax.numpy_rank_promotion("allow"):  # a user's stricter setting is for the user's own code
-                return implementation(tree.unflatten(leaves), spec)
+                return function(tree.unflatten(leaves), spec)
 
-        return mlir.lower_fun(flat, multiple_results=True)(ctx, *leaves)
+        return flat
 
     def _no_derivative(self, primals, tangents, *, tree, spec):
         raise NotImplementedError(self._not_differentiable)

@@ -8,10 +8,9 @@ import pytest
 import kda_jax as kda
 from kda_jax.testing import cases, oracle
 
-from .common import assert_close
+from .common import FLAGS, assert_close
 
-CASE = cases.Case("extreme", batch=1, tokens=100, gate=None, qk_l2norm=True)
-FLAGS = {"qk_l2norm": True, "beta_sigmoid": True}
+CASE = cases.Case("extreme", batch=1, tokens=100, gate=None)
 
 
 def _constant(value):

@@ -45,6 +45,15 @@ def test_jit_equals_eager(call: Call):
     assert_close(jax.jit(call)(drawn), call(drawn), 1e-6)
 
 
+@over_calls(CHUNK_PACKED, CHUNK_GRAD, DECODE, DECODE_MTP_PAGED, FLUSH)
+def test_without_jit(call: Call):
+    """Under jax.disable_jit, as one debugs, the implementation runs in Python."""
+    drawn = call.draw(0)
+    with jax.disable_jit():
+        results = call(drawn)
+    assert_close(results, jax.jit(call)(drawn), 1e-6)
+
+
 @over_calls(CHUNK_PACKED, DECODE, DECODE_MTP_PAGED, FLUSH)
 def test_integers_are_traced(call: Call):
     """Other offsets, slots and counts of accepted tokens run the program that is there."""
