@@ -1,15 +1,70 @@
-"""Which implementation serves an operation on a platform: a table, read at lowering."""
+"""Which implementation serves a call on a target: a table, read at lowering."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import importlib
-from collections.abc import Callable
+import importlib.util
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 IMPLEMENTATIONS = ("xla", "triton", "pallas", "cute")
 
 # Platforms with a lowering rule of their own; None is every other one.
-PLATFORMS: tuple[str | None, ...] = (None,)
+PLATFORMS: tuple[str | None, ...] = (None, "cuda")
+
+
+class Call(NamedTuple):
+    """What the table is asked about: a call and the target that it is compiled for."""
+
+    operation: str
+    sizes: Mapping[str, int]  # by the names of the axes
+    dtypes: Mapping[str, str]  # by the names of the operands
+    platform: str | None
+    compute_capability: int | None  # of CUDA, times ten
+
+
+@dataclasses.dataclass(frozen=True)
+class Needs:
+    """What an implementation needs; None is no restriction."""
+
+    package: str | None = None  # what must be importable
+    compute_capability: int = 0
+    head_dims: tuple[int, ...] | None = None  # K and V
+    dtypes: tuple[str, ...] | None = None  # of every floating operand but the state
+    state_dtypes: tuple[str, ...] | None = None
+    max_tokens: int | None = None  # T
+
+    def unmet_by_call(self, call: Call) -> str | None:
+        """Why the call cannot be served on any machine, or None."""
+        for axis in ("K", "V"):
+            size = call.sizes[axis]
+            if self.head_dims is not None and size not in self.head_dims:
+                return f"head dimension {axis} is {size}; it must be one of {self.head_dims}"
+        tokens = call.sizes.get("T", 1)
+        if self.max_tokens is not None and tokens > self.max_tokens:
+            return f"T is {tokens}; it must be at most {self.max_tokens}"
+        for operand, dtype in call.dtypes.items():
+            served = self.state_dtypes if operand == "state" else self.dtypes
+            if served is not None and not dtype.startswith("int") and dtype not in served:
+                return f"{operand} has dtype {dtype}; it must be one of {served}"
+        if self.head_dims is not None and 0 in call.sizes.values():
+            return "an axis has size 0"
+        return None
+
+    def unmet_by_target(self, call: Call) -> str | None:
+        """Why the target cannot run it, or None."""
+        if self.compute_capability:
+            if call.platform != "cuda":
+                return f"it is compiled for {call.platform or 'a platform without CUDA'}; it must be cuda"
+            if call.compute_capability is None:
+                return "there is no GPU to compile for; name one with kda.cuda_target"
+            if call.compute_capability < self.compute_capability:
+                least = self.compute_capability / 10
+                return f"compute capability is {call.compute_capability / 10}; it must be {least} or more"
+        return None
 
 
 class Row(NamedTuple):
@@ -17,24 +72,37 @@ class Row(NamedTuple):
 
     operation: str
     implementation: str
-    platforms: tuple[str | None, ...]
+    needs: Needs
     function: str
+    measured: str  # the run that put the row where it stands
 
 
-# The first row that matches wins, so the fastest stands first.
+_ANY = Needs()
+_ACTIVATIONS = ("bfloat16", "float16", "float32")
+_TRITON = Needs("jax_triton", 80, (64, 128), _ACTIVATIONS, ("float32", "bfloat16"))
+_DECODE_GPU = "benchmarks/results/decode-gpu.json"
+_MTP_GPU = "benchmarks/results/mtp-gpu.json"
+_CPU = "benchmarks/results/serving-cpu.json"
+
+# The first row that serves a call wins, so the fastest stands first.
 TABLE = (
-    Row("kda_chunk_fwd", "xla", PLATFORMS, "kda_jax.xla.chunk:forward"),
-    Row("kda_chunk_bwd", "xla", PLATFORMS, "kda_jax.xla.chunk:backward"),
-    Row("kda_decode", "xla", PLATFORMS, "kda_jax.xla.decode:decode"),
-    Row("kda_decode_mtp", "xla", PLATFORMS, "kda_jax.xla.decode:decode_mtp"),
-    Row("kda_decode_mtp_paged", "xla", PLATFORMS, "kda_jax.xla.decode:decode_mtp_paged"),
-    Row("kda_verify", "xla", PLATFORMS, "kda_jax.xla.verify:verify"),
-    Row("kda_flush", "xla", PLATFORMS, "kda_jax.xla.flush:flush"),
+    Row("kda_chunk_fwd", "xla", _ANY, "kda_jax.xla.chunk:forward", "benchmarks/results/chunk-cpu.json"),
+    Row("kda_chunk_bwd", "xla", _ANY, "kda_jax.xla.chunk:backward", "benchmarks/results/chunk-cpu.json"),
+    Row("kda_decode", "triton", _TRITON, "kda_jax.triton.decode:decode", _DECODE_GPU),
+    Row("kda_decode", "xla", _ANY, "kda_jax.xla.decode:decode", _CPU),
+    Row("kda_decode_mtp", "triton", _TRITON, "kda_jax.triton.decode:decode_mtp", _MTP_GPU),
+    Row("kda_decode_mtp", "xla", _ANY, "kda_jax.xla.decode:decode_mtp", _CPU),
+    Row("kda_decode_mtp_paged", "triton", _TRITON, "kda_jax.triton.decode:decode_mtp_paged", _MTP_GPU),
+    Row("kda_decode_mtp_paged", "xla", _ANY, "kda_jax.xla.decode:decode_mtp_paged", _CPU),
+    Row("kda_verify", "triton", dataclasses.replace(_TRITON, max_tokens=16), "kda_jax.triton.verify:verify", _MTP_GPU),
+    Row("kda_verify", "xla", _ANY, "kda_jax.xla.verify:verify", _CPU),
+    Row("kda_flush", "triton", _TRITON, "kda_jax.triton.flush:flush", _MTP_GPU),
+    Row("kda_flush", "xla", _ANY, "kda_jax.xla.flush:flush", _CPU),
 )
 
 
-def check(call: str, operation: str, implementation: str | None) -> None:
-    """Raises for a forced implementation that can serve the operation nowhere, before anything is traced."""
+def check_name(call: str, operation: str, implementation: str | None) -> None:
+    """Raises for a forced name that no row has for the operation, before anything else is looked at."""
     if implementation is None:
         return
     if implementation not in IMPLEMENTATIONS:
@@ -48,10 +116,36 @@ def check(call: str, operation: str, implementation: str | None) -> None:
         )
 
 
-def find(operation: str, implementation: str | None, platform: str | None) -> Callable[[Any, Any], Any]:
-    """The function ``(operands, spec) -> outputs`` that serves ``operation`` on ``platform``."""
-    for row in TABLE:
-        if row.operation == operation and implementation in (None, row.implementation) and platform in row.platforms:
+def check_call(implementation: str, call: Call) -> None:
+    """Raises for a forced implementation that cannot serve the call whatever it is compiled for."""
+    for row in _rows(call.operation, implementation):
+        if (reason := row.needs.unmet_by_call(call)) is None:
+            return
+    raise _cannot_serve(call, implementation, reason)
+
+
+def find(call: Call, implementation: str | None) -> Callable[[Any, Any], Any]:
+    """The function ``(operands, spec) -> outputs`` that serves the call on its target."""
+    for row in _rows(call.operation, implementation):
+        reason = row.needs.unmet_by_call(call) or row.needs.unmet_by_target(call)
+        if reason is None and row.needs.package is not None and importlib.util.find_spec(row.needs.package) is None:
+            reason = f"the package {row.needs.package} is missing: pip install 'kda-jax[{row.implementation}]'"
+            if implementation is None:
+                _warn_of_missing_package(row.implementation, reason)
+        if reason is None:
             module, name = row.function.split(":")
             return getattr(importlib.import_module(module), name)
-    raise NotImplementedError(f"{operation}: no implementation {implementation or ''} for platform {platform or 'default'}")
+    raise _cannot_serve(call, implementation, reason)
+
+
+def _rows(operation: str, implementation: str | None) -> list[Row]:
+    return [row for row in TABLE if row.operation == operation and implementation in (None, row.implementation)]
+
+
+def _cannot_serve(call: Call, implementation: str | None, reason: str | None) -> NotImplementedError:
+    return NotImplementedError(f"{call.operation}: implementation {implementation!r} does not serve this call: {reason}")
+
+
+@functools.cache
+def _warn_of_missing_package(implementation: str, reason: str) -> None:
+    warnings.warn(f"kda_jax runs on this GPU without its {implementation} kernels, slowly: {reason}", stacklevel=2)

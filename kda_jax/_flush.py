@@ -57,7 +57,7 @@ def flush(
 def _flush(
     check: _inputs.Checker, state: Any, update: Any, num_accepted: Any, state_indices: Any, implementation: str | None
 ) -> jax.Array:
-    _dispatch.check(check.call, OPERATION.name, implementation)
+    _dispatch.check_name(check.call, OPERATION.name, implementation)
     if not isinstance(update, Update):
         raise TypeError(
             f"{check.call}: update is a {type(update).__name__}; it must be the kda.Update that kda.verify returned"

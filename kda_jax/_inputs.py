@@ -115,7 +115,7 @@ def tokens(
 
     Returns them by name, with the gate's A_log and dt_bias (or None), and the spec.
     """
-    _dispatch.check(check.call, operation, implementation)
+    _dispatch.check_name(check.call, operation, implementation)
     checked = {name: check.array(name, x, axes[name], ACTIVATION_DTYPES) for name, x in arrays.items()}
     check.groups()
     kind, lower_bound, A_log, dt_bias = None, None, None, None

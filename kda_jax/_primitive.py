@@ -24,7 +24,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from kda_jax import _dispatch
+from kda_jax import _dispatch, _target
 
 
 class Output(NamedTuple):
@@ -67,6 +67,8 @@ class Operation:
 
     def bind(self, args: Any, spec: Any) -> tuple[jax.Array, ...]:
         """Runs the operation on a NamedTuple of arrays, absent ones None, with the hashable static ``spec``."""
+        if spec.implementation is not None:
+            _dispatch.check_call(spec.implementation, self._call(args, None))
         args = vary_together(args)
         leaves, tree = jax.tree.flatten(args)
         run = functools.partial(self.primitive.bind, tree=tree, spec=spec)
@@ -85,11 +87,15 @@ class Operation:
     def _row_axis(self) -> str:
         return next(iter(self.axes.values()))[0]
 
-    def _declared_outputs(self, args: Any, spec: Any) -> tuple[dict[str, int], tuple[Output, ...]]:
+    def _sizes(self, args: Any) -> dict[str, int]:
         sizes: dict[str, int] = {}
         for operand, x in args._asdict().items():
             if x is not None:
                 sizes.update(zip(self._operand_axes(operand, len(x.shape)), x.shape, strict=True))
+        return sizes
+
+    def _declared_outputs(self, args: Any, spec: Any) -> tuple[dict[str, int], tuple[Output, ...]]:
+        sizes = self._sizes(args)
         return sizes, self._outputs(args, sizes, spec)
 
     def _explicit_shardings(self, args: Any, spec: Any) -> list[NamedSharding] | None:
@@ -109,6 +115,12 @@ class Operation:
         placed.setdefault("S", placed.get(self._row_axis))  # the states follow their rows when none is given
         _, outputs = self._declared_outputs(args, spec)
         return [NamedSharding(mesh, PartitionSpec(*(placed.get(a) for a in out.axes.split()))) for out in outputs]
+
+    def _call(self, args: Any, platform: str | None) -> _dispatch.Call:
+        """What the dispatch table needs to know of a call."""
+        dtypes = {operand: jnp.dtype(x.dtype).name for operand, x in args._asdict().items() if x is not None}
+        capability = _target.compute_capability() if platform == "cuda" else None
+        return _dispatch.Call(self.name, self._sizes(args), dtypes, platform, capability)
 
     # The rules.
 
@@ -133,9 +145,9 @@ class Operation:
 
     def _flat(self, implementation, platform, tree, spec):
         """The implementation as a function of the operands that are there."""
-        function = _dispatch.find(self.name, implementation, platform)
 
         def flat(*leaves):
+            function = _dispatch.find(self._call(tree.unflatten(leaves), platform), implementation)
             with jax.numpy_rank_promotion("allow"):  # a user's stricter setting is for the user's own code
                 return function(tree.unflatten(leaves), spec)
 

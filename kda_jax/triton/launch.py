@@ -1,0 +1,127 @@
+"""One launch of a Triton kernel, and the arguments that the token kernels share."""
+
+from __future__ import annotations
+
+import functools
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kda_jax import _gates, _target
+from kda_jax._operands import L2NORM_EPS, PagedOperands, PoolOperands, Spec
+
+
+class Tile(NamedTuple):
+    """How a head's V rows are divided: ``rows`` of the state to a program of ``warps`` warps."""
+
+    rows: int
+    warps: int
+
+
+def launch(
+    kernel: Any,
+    inputs: Sequence[Any],
+    outputs: Sequence[jax.ShapeDtypeStruct],
+    *,
+    heads: int,
+    tile: Tile,
+    in_place: Mapping[int, int] | None = None,
+    fuse: bool = False,
+    **constants: Any,
+) -> tuple[jax.Array, ...]:
+    """Runs ``kernel`` on every tile of ``heads`` (rows times value heads) of the state.
+
+    The kernel's parameters are the inputs (arrays, then integers), the outputs and the constants, in that order.
+    ``in_place`` maps an input to the output that is the same memory. ``fuse`` lets the compiler contract products and sums;
+    not where bits must be those of another kernel. What depends on N is in the grid and in integers that
+    are read at run time, so one binary serves every N.
+    """
+    arrays = [x for x in inputs if not isinstance(x, int)]
+    program = _program(
+        kernel,
+        tuple(x if isinstance(x, int) else jnp.dtype(x.dtype).name for x in (*inputs, *outputs)),
+        heads * (constants["V"] // tile.rows),
+        tile.warps,
+        fuse,
+        _target.compute_capability(),
+        tuple(sorted(constants.items() | {("BV", tile.rows)})),
+    )
+    # XLA records this target, and not jax-triton's own call, into command buffers (CUDA graphs).
+    call = jax.ffi.ffi_call("triton_kernel_call_ffi", tuple(outputs), input_output_aliases=dict(in_place or {}))
+    return tuple(call(*arrays, name=f"kda_{kernel.__name__}", opaque=program))
+
+
+@functools.cache
+def _program(kernel, parameters, programs, warps, fuse, compute_capability, constants) -> bytes:
+    """The serialised launch: PTX for the target, the grid and the parameters."""
+    from jax_triton import triton_lib
+
+    library = triton_lib.triton_kernel_call_lib
+    scalars = [(i, "i32", x) for i, x in enumerate(parameters) if isinstance(x, int)]
+    types = ["i32" if isinstance(x, int) else f"*{triton_lib._JAX_TO_TRITON_TYPE_MAP[jnp.dtype(x)]}" for x in parameters]
+    compiled, _ = triton_lib.get_or_create_triton_kernel(
+        triton_lib.get_cuda_backend,
+        "cuda",
+        kernel,
+        types,
+        scalars,
+        num_warps=warps,
+        num_stages=1,
+        num_ctas=1,
+        compute_capability=compute_capability,
+        enable_fp_fusion=fuse,
+        metaparams=dict(constants),
+        dump=False,
+    )
+    arguments = [
+        library.create_scalar_parameter(x, "i32") if isinstance(x, int) else library.create_array_parameter(0, 16)
+        for x in parameters
+    ]
+    call = library.TritonKernelCall(compiled, programs, 1, 1, arguments)
+    return zlib.compress(call.to_proto(f"kda_{kernel.__name__}", b""))
+
+
+def like(*arrays: jax.Array) -> tuple[jax.ShapeDtypeStruct, ...]:
+    return tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays)
+
+
+def pool_end(state: jax.Array) -> int:
+    """The number of slots, negative: Triton compiles a kernel anew for a scalar that equals 1, and no negative one does."""
+    return -state.shape[0]
+
+
+def token_inputs(args: PoolOperands | PagedOperands) -> list[jax.Array]:
+    """The kernels' first nine parameters; what is absent is never read, and stands for itself by another array."""
+    return [args.beta if x is None else x for x in args[:9]]
+
+
+STATE = PoolOperands._fields.index("state")
+
+
+def token_constants(args: PoolOperands | PagedOperands, spec: Spec) -> dict[str, Any]:
+    """The constants of a token kernel: sizes and options."""
+    heads, k_dim = args.q.shape[-2:]
+    return {
+        "H": heads,
+        "HV": args.v.shape[-2],
+        "K": k_dim,
+        "V": args.v.shape[-1],
+        "GATE": spec.gate,
+        "HAS_BIAS": args.dt_bias is not None,
+        "A_LOG_STRIDE": _row_stride(args.A_log, 1),
+        "DT_BIAS_STRIDE": _row_stride(args.dt_bias, 2),
+        "LOWER_BOUND": spec.lower_bound,
+        "SOFTPLUS_LINEAR_ABOVE": _gates.SOFTPLUS_LINEAR_ABOVE,
+        "L2NORM_EPS": L2NORM_EPS if spec.qk_l2norm else None,
+        "BETA_RANGE": (2.0 if spec.allow_neg_eigval else 1.0) if spec.beta_sigmoid else None,
+        "SCALE": spec.scale,
+    }
+
+
+def _row_stride(x: jax.Array | None, own: int) -> int:
+    """The elements from one row's gate parameter to the next: none where all rows share it."""
+    return 0 if x is None or x.ndim == own else math.prod(x.shape[1:])

@@ -1,0 +1,1 @@
+"""Triton kernels of the decode family, for NVIDIA GPUs from sm80 up."""
