@@ -1,27 +1,49 @@
-"""``python -m benchmarks``: times the operations on named shapes, prints a table and writes JSON."""
+"""``python -m benchmarks``: times the operations, prints tables and writes JSON.
+
+chunk and serving time named shapes on any backend. decode, mtp and loop time the GPU kernels over a grid of shapes; beside
+them stand ``python -m benchmarks.peers`` (other projects' kernels) and ``python -m benchmarks.report`` (tables, plot).
+"""
 
 from __future__ import annotations
 
 import argparse
 import pathlib
 
-from benchmarks import chunk, harness, serving
+from benchmarks import chunk, decode, gpu, harness, loop, mtp, record, serving
 
-SUITES = {"chunk": chunk, "serving": serving}
+NAMED = {"chunk": chunk, "serving": serving}
+ON_GPU = {"loop": loop, "decode": decode, "mtp": mtp}  # loop first: its processes want the GPU's memory
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("suites", nargs="*", default=list(SUITES), help=f"which of {', '.join(SUITES)} (default: all)")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = [*NAMED, *ON_GPU]
+    parser.add_argument("suites", nargs="*", default=list(NAMED), help=f"of {', '.join(names)} (default: chunk serving)")
     parser.add_argument("--shapes", nargs="+", default=["cpu"], help="named shapes of kda_jax.testing.cases.SHAPES")
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--output", type=pathlib.Path, default=harness.RESULTS, help="folder for the JSON files")
+    parser.add_argument("--cells", choices=("full", "quick", "tiny"), default="full", help="how many shapes of the grid")
+    parser.add_argument("--implementation", help='which one decode, mtp and loop time (default: the one that "None" finds)')
+    parser.add_argument("--output", type=pathlib.Path, default=record.RESULTS, help="folder for the JSON files")
     args = parser.parse_args()
-    for name in args.suites:
-        suite = SUITES[name]
-        rows = suite.run(args.shapes, args.repeats)
-        print(f"\n## {name}\n\n{harness.table(rows, suite.COLUMNS)}\n")
-        print(f"wrote {harness.write(name, rows, args.output)}")
+    if unknown := set(args.suites) - set(names):
+        parser.error(f"no suite {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+    for name in (name for name in NAMED if name in args.suites):
+        _report(name, NAMED[name].run(args.shapes, args.repeats), NAMED[name].COLUMNS, args.output)
+    if chosen := [name for name in ON_GPU if name in args.suites]:
+        if "loop" in chosen:  # before this process takes the GPU
+            rows = loop.run(args.cells, args.implementation)
+        gpu.require(args.cells)
+        for name in chosen:
+            if name != "loop":
+                rows = ON_GPU[name].run(args.cells, args.implementation)
+            _report(name, rows, ON_GPU[name].COLUMNS, args.output, {"implementation": args.implementation})
+
+
+def _report(name: str, rows: list, columns: dict[str, str], folder: pathlib.Path, said: dict | None = None) -> None:
+    print(f"\n## {name}\n\n{record.table(rows, columns)}\n")
+    print(f"wrote {harness.write(name, rows, folder, said)}", flush=True)
 
 
 if __name__ == "__main__":

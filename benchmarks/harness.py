@@ -1,14 +1,10 @@
-"""Timing, the record of where it was taken, and the table."""
+"""Timing on any backend, and the record of where it was taken."""
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
-import json
 import os
 import pathlib
 import platform
-import subprocess
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,7 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
-RESULTS = pathlib.Path(__file__).parent / "results"
+import kda_jax as kda
+from benchmarks import record
 
 
 def interleaved(functions: Mapping[str, Callable[..., Any]], *args: Any, repeats: int) -> dict[str, list[float]]:
@@ -40,38 +37,16 @@ def summary(seconds: list[float]) -> dict[str, float]:
 def environment() -> dict[str, Any]:
     """Device, versions, commit and date of a run."""
     device = jax.devices()[0]
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy", "kda-jax")}
-    here = pathlib.Path(__file__).parent
-    git = ["git", "-C", str(here)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
-    return {
-        "device": _cpu_name() if device.platform == "cpu" else device.device_kind,
-        "platform": device.platform,
-        "versions": versions | {"python": platform.python_version()},
-        "commit": commit + ("+changes" if changed else ""),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
+    stamp = record.stamp(("jax", "jaxlib", "numpy", "jax-triton", "triton"))
+    stamp["versions"]["kda-jax"] = kda.__version__
+    name = _cpu_name() if device.platform == "cpu" else device.device_kind
+    return {"device": name, "platform": device.platform} | stamp
 
 
-def write(suite: str, rows: list[dict[str, Any]], folder: pathlib.Path) -> pathlib.Path:
-    """Writes ``SUITE-PLATFORM.json`` and says where."""
-    record = environment() | {"rows": rows}
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{suite}-{record['platform']}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    return path
-
-
-def table(rows: list[dict[str, Any]], columns: dict[str, str]) -> str:
-    """A Markdown table; ``columns`` maps a row's key to its heading."""
-
-    def cell(value: Any) -> str:
-        return f"{value:.2f}" if isinstance(value, float) else str(value)
-
-    lines = [list(columns.values()), ["---"] * len(columns)]
-    lines += [[cell(row.get(key, "")) for key in columns] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def write(suite: str, rows: list[dict[str, Any]], folder: pathlib.Path, said: dict[str, Any] | None = None) -> pathlib.Path:
+    """Writes ``SUITE-PLATFORM.json``, with what else there is to say of the run, and says where."""
+    about = environment() | (said or {})
+    return record.write(f"{suite}-{about['platform']}", about | {"rows": rows}, folder)
 
 
 def _cpu_name() -> str:

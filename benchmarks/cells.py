@@ -1,0 +1,84 @@
+"""The shapes that the GPU suites time, and the bytes they move. Without JAX or torch: both processes read it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+TOKENS = (2, 3, 4, 6)
+HEADS = ((32, 32), (64, 64), (16, 32))
+POOLS = {"float32": 4, "bfloat16": 2}
+LOWER_BOUND = -5.0
+
+# A timed program makes so many calls, on slots of their own, that their states exceed the L2 cache (60 MB) several
+# times, as the layers of a model do; more calls than the most would cost more in compilation than they tell.
+TOUCHED_BYTES = 200e6
+LEAST_CALLS, MOST_CALLS = 4, 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One shape: N rows of T tokens, bfloat16 inputs, K = V = ``dim``, a pool of ``pool``."""
+
+    dim: int
+    heads: int
+    value_heads: int
+    pool: str
+    n: int
+    tokens: int = 1
+
+    def __str__(self) -> str:
+        return f"K={self.dim} H={self.heads} HV={self.value_heads} {self.pool} N={self.n} T={self.tokens}"
+
+    @property
+    def states(self) -> int:
+        """The bytes of the N rows' states, once."""
+        return self.n * self.value_heads * self.dim**2 * POOLS[self.pool]
+
+    @property
+    def calls(self) -> int:
+        if self.dim < 64:  # a trial on a CPU
+            return LEAST_CALLS
+        return min(MOST_CALLS, max(LEAST_CALLS, math.ceil(TOUCHED_BYTES / self.states)))
+
+    @property
+    def tokens_in_out(self) -> int:
+        """The bytes of q, k (H heads), v, g, beta and o (HV heads), of the slots, and of the gate's parameters."""
+        rows = self.n * self.tokens
+        bf16 = rows * (2 * self.heads * self.dim + self.value_heads * (3 * self.dim + 1))
+        return 2 * bf16 + 4 * self.n + 4 * self.value_heads * (1 + self.dim)
+
+    def update(self, tokens: int) -> int:
+        """The bytes of ``tokens`` tokens of the Update: float32 u and g with HV heads, k with H."""
+        return 4 * self.n * tokens * self.dim * (2 * self.value_heads + self.heads)
+
+    def decode_bytes(self) -> dict[str, int]:
+        return {"state_bytes": 2 * self.states, "other_bytes": self.tokens_in_out}
+
+    def chain_bytes(self, accepted: int) -> dict[str, int]:
+        """verify reads the states and writes the update; flush reads and writes the states and reads what was accepted."""
+        other = self.tokens_in_out + self.update(self.tokens) + self.update(accepted) + 8 * self.n
+        return {"state_bytes": 3 * self.states, "other_bytes": other}
+
+    def row(self) -> dict[str, Any]:
+        """What identifies the cell in a result."""
+        return dataclasses.asdict(self)
+
+
+def accepted(tokens: int) -> dict[str, int]:
+    """The acceptance counts that are timed."""
+    return {"all": tokens, "half": tokens // 2}
+
+
+def cells(suite: str, size: str) -> list[Cell]:
+    """The cells of "decode" or "mtp": "full", "quick" (a smoke run on a GPU) or "tiny" (on a CPU)."""
+    tokens = TOKENS if suite == "mtp" else (1,)
+    if size == "tiny":
+        return [Cell(16, 1, 2, pool, n, t) for pool in POOLS for n in (1, 2) for t in tokens[:2]]
+    if size == "quick":
+        return [Cell(128, 32, 32, pool, n, t) for pool in POOLS for n in (1, 8, 128) for t in tokens[:3:2]]
+    grid = [Cell(128, *heads, pool, n, t) for heads in HEADS for pool in POOLS for n in BATCHES for t in tokens]
+    # K = V = 64 is there to be seen, not mapped.
+    return grid + [Cell(64, 32, 32, pool, n, t) for pool in POOLS for n in (1, 8, 64, 256) for t in tokens[::2]]

@@ -1,0 +1,106 @@
+"""What the benchmarks say without a GPU: the bytes they count, and the report of a few rows."""
+
+import json
+import pathlib
+import sys
+import types
+
+import pytest
+
+# benchmarks is no part of the installation. Last, so that kda_jax is the installed one.
+sys.path.append(str(pathlib.Path(__file__).parents[1]))
+
+from benchmarks import gpu, record, report
+from benchmarks.cells import POOLS, Cell, accepted, cells
+
+
+def test_bytes():
+    cell = Cell(dim=128, heads=16, value_heads=32, pool="float32", n=2, tokens=3)
+    assert cell.states == 2 * 32 * 128 * 128 * 4
+    q_and_k, v_g_o, beta = 2 * 2 * 3 * 16 * 128, 3 * 2 * 3 * 32 * 128, 2 * 3 * 32
+    parameters, slots = 4 * (32 + 32 * 128), 4 * 2
+    assert cell.tokens_in_out == 2 * (q_and_k + v_g_o + beta) + parameters + slots
+    assert cell.decode_bytes()["state_bytes"] == 2 * cell.states
+    chain = cell.chain_bytes(accepted=1)
+    assert chain["state_bytes"] == 3 * cell.states
+    update = 4 * 2 * 128 * (32 + 16 + 32)  # a token's u, k and g
+    assert chain["other_bytes"] == cell.tokens_in_out + (3 + 1) * update + 2 * 8
+
+
+@pytest.mark.parametrize("suite", ["decode", "mtp"])
+def test_the_calls_of_a_program_exceed_the_cache(suite):
+    chosen = cells(suite, "full")
+    assert len(set(chosen)) == len(chosen)
+    assert all(cell.calls * cell.states >= 128e6 for cell in chosen if cell.dim == 128)
+    assert {t // 2 for t in (2, 3, 4, 6)} == {accepted(t)["half"] for t in (2, 3, 4, 6)}
+
+
+def test_kernels_are_found_by_window():
+    def event(name, start, duration):
+        return types.SimpleNamespace(name=name, start_ns=start, duration_ns=duration)
+
+    def plane(name, **lines):
+        return types.SimpleNamespace(
+            name=name, lines=[types.SimpleNamespace(name=line, events=events) for line, events in lines.items()]
+        )
+
+    host = plane("/host:CPU", python=[event("cell 0", 100, 50), event("cell 1", 200, 50), event("other", 0, 999)])
+    kernels = [event("a", 90, 5), event("b", 110, 1000), event("a", 120, 2000), event("b", 130, 3000), event("a", 210, 500)]
+    device = plane("/device:GPU:0", **{"Stream #1": kernels}, Modules=[event("all", 110, 9000)])
+    profile = types.SimpleNamespace(planes=[device, host])
+    assert gpu._by_window(profile, 2) == [{"b": 4.0, "a": 2.0}, {"a": 0.5}]
+
+
+@pytest.fixture
+def results(tmp_path):
+    """A folder with the JSON of two shapes whose ratios are round numbers."""
+    said = {"device": "a card", "platform": "gpu"} | record.stamp(["numpy"])
+    shapes = [Cell(128, 32, 32, pool, 128, t) for pool in POOLS for t in (1, 4)]
+    ours: dict = {"decode": [], "mtp": []}
+    peers = []
+    for cell in shapes:
+        us = 100.0 if cell.pool == "float32" else 50.0
+        counts = {"decode": 1} if cell.tokens == 1 else accepted(cell.tokens)
+        for variant, m in counts.items():
+            moved = cell.decode_bytes() if variant == "decode" else cell.chain_bytes(m)
+            row = cell.row() | {"variant": variant}
+            ours["decode" if variant == "decode" else "mtp"].append(row | {"us": us, "kernel_us": us - 1} | moved)
+            peers.append(row | {"peer": "sglang", "us": 3 * us})
+        if cell.tokens == 1:
+            peers += [row | {"peer": "fla", "us": 2 * us}, row | {"peer": "fla", "variant": "x", "error": ["refused"]}]
+    loop = [{"flags": "graphs", "n": n, "us": 11.0, "kernel_us": 10.0, "ratio": 1.1} for n in (1, 8)]
+    bandwidth = {"read_modify_write": 4.0, "copy": 4.1}
+    for name, rows in {**ours, "loop": loop}.items():
+        record.write(f"{name}-gpu", said | {"rows": rows}, tmp_path)
+    record.write("peers-gpu", said | {"bandwidth": bandwidth, "rows": peers}, tmp_path)
+    return tmp_path
+
+
+def test_report(results, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["report", str(results)])
+    report.main()
+    page = (results / "gpu.md").read_text()
+    assert "| decode: faster peer / ours, float32 pool | 2.00 |" in page
+    assert "| chain, half accepted: SGLang / ours, bfloat16 pool | 3.00 |" in page
+    assert "| decode: float32 / bfloat16 pool, N HV >= 4096 | 2.00 |" in page
+    share = 2 * 128 * 32 * 128 * 128 * 4 / 100e-6 / 4e12
+    assert f"| decode: share of RMW bandwidth, N HV >= 4096, float32 | {share:.2f} |" in page
+    assert "| loop / kernels, N >= 8, flags: graphs | 1.10 |" in page
+    assert "100.0 (99.0; 3.00)" in page
+    assert (results / "gpu.png").stat().st_size > 0
+
+
+def test_report_of_a_part(results):
+    """Each suite may be missing, and a row that failed has no time."""
+    for missing in ("peers", "mtp", "loop", "decode"):
+        (results / f"{missing}-gpu.json").unlink()
+        records = {path.stem.removesuffix("-gpu"): json.loads(path.read_text()) for path in results.glob("*.json")}
+        if records:
+            report.markdown(records)
+            report.plot(records, results / "part.png")
+
+
+def test_commit_is_taken_from_the_environment(monkeypatch):
+    monkeypatch.setenv("KDA_JAX_COMMIT", "abc")
+    assert record.stamp(["numpy", "no-such-distribution"])["commit"] == "abc"
+    assert set(record.stamp(["numpy", "no-such-distribution"])["versions"]) == {"numpy", "python"}
