@@ -20,7 +20,7 @@ def flush(args: FlushOperands, spec: FlushSpec) -> tuple[jax.Array, ...]:
         (args.u, args.k, args.g, args.state, slots, args.num_accepted, pool_end(args.state)),
         like(args.state),
         heads=n * value_heads,
-        tile=TILES[args.state.dtype.name],
+        tile=TILES[args.state.dtype.name].of_128(args.state),
         in_place={STATE: 0},
         HAS_SLOTS=args.state_indices is not None,
         T=t,

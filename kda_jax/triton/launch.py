@@ -21,6 +21,11 @@ class Tile(NamedTuple):
     rows: int
     warps: int
 
+    def of_128(self, state: jax.Array) -> Tile:
+        """This tile where K is 128; with shorter rows more of them, up to all."""
+        v_dim, k_dim = state.shape[-2:]
+        return Tile(min(self.rows * 128 // k_dim, v_dim), self.warps)
+
 
 def launch(
     kernel: Any,

@@ -37,7 +37,7 @@ def _recurrent(args: PoolOperands, constants: dict[str, Any]) -> tuple[jax.Array
         (*token_inputs(args), pool_end(args.state), *absent),
         (*outputs, *like(args.v)),
         heads=args.v.shape[0] * args.v.shape[2],
-        tile=RECURRENT_TILES[args.state.dtype.name],
+        tile=RECURRENT_TILES[args.state.dtype.name].of_128(args.state),
         fuse=True,
         **constants,
     )
