@@ -12,9 +12,12 @@ from kda_jax.kernels.triton import verify as token_parallel_kernels
 from kda_jax.kernels.triton import verify_recurrent as recurrent_kernels
 from kda_jax.triton.launch import Tile, launch, like, pool_end, token_constants, token_inputs
 
-# Up to which T the recurrent form is the faster one, by the pool's dtype.
-RECURRENT_TOKENS = {"float32": 3, "bfloat16": 1}
-RECURRENT_TILES = {"float32": Tile(rows=8, warps=1), "bfloat16": Tile(rows=16, warps=1)}
+# By the pool's dtype and T, where the recurrent form is the faster one for small batches and not much slower for large ones.
+RECURRENT_TILES = {
+    "float32": {1: Tile(rows=4, warps=1), 2: Tile(rows=4, warps=1), 3: Tile(rows=8, warps=1)},
+    "bfloat16": {1: Tile(rows=16, warps=1)},
+}
+TILES = {"float32": Tile(rows=8, warps=1), "bfloat16": Tile(rows=16, warps=1)}
 TILES = {"float32": Tile(rows=32, warps=2), "bfloat16": Tile(rows=64, warps=4)}
 LEAST_COLUMNS = 8  # of a product on tensor cores
 
@@ -25,7 +28,7 @@ def verify(args: PoolOperands, spec: VerifySpec) -> tuple[jax.Array, ...]:
         "HAS_SLOTS": args.state_indices is not None,
         "WITH_UPDATE": spec.with_update,
     }
-    recurrent = args.v.shape[1] <= RECURRENT_TOKENS[args.state.dtype.name]
+    recurrent = args.v.shape[1] in RECURRENT_TILES[args.state.dtype.name]
     o, *update = (_recurrent if recurrent else _token_parallel)(args, constants)
     return (o, *update) if spec.with_update else (o,)
 
@@ -37,7 +40,7 @@ def _recurrent(args: PoolOperands, constants: dict[str, Any]) -> tuple[jax.Array
         (*token_inputs(args), pool_end(args.state), *absent),
         (*outputs, *like(args.v)),
         heads=args.v.shape[0] * args.v.shape[2],
-        tile=RECURRENT_TILES[args.state.dtype.name].of_128(args.state),
+        tile=RECURRENT_TILES[args.state.dtype.name][constants["T"]].of_128(args.state),
         fuse=True,
         **constants,
     )
@@ -55,7 +58,8 @@ def _token_parallel(args: PoolOperands, constants: dict[str, Any]) -> tuple[jax.
         (q, k, g, beta, A_log, dt_bias, slots, pool_end(args.state), *absent),
         (*outputs, reads, reads, links_shape),
         heads=n * value_heads,
-        tile=Tile(rows=v_dim, warps=1),  # no rows to divide
+        # No rows to divide; the vectors of more tokens would not fit one warp's registers.
+        tile=Tile(rows=v_dim, warps=1 if t <= 8 else 2),
         fuse=True,
         **constants,
     )

@@ -41,13 +41,18 @@ def prepare(q, k, g, beta, A_log, dt_bias, slots, pool_end, k_out, g_out, reads_
         live = (slot >= 0) & (slot + pool_end < 0)
     offsets_k = tl.arange(0, K)
     head = n * HV + hv
+    # All tokens are requested before anything is stored: a load may not move ahead of a store.
+    queries, keys, gates, betas = (), (), (), ()
+    for t in tl.static_range(T):
+        b_q, b_k, b_g, b_beta = load_token(
+            q, k, g, beta, A_log, dt_bias, n * T + t, n, hv, H, HV, K, GATE, HAS_BIAS, A_LOG_STRIDE,
+            DT_BIAS_STRIDE, LOWER_BOUND, SOFTPLUS_LINEAR_ABOVE, L2NORM_EPS, BETA_RANGE, SCALE)  # fmt: skip
+        queries, keys, gates, betas = queries + (b_q,), keys + (b_k,), gates + (b_g,), betas + (b_beta,)
     start = tl.full([K], 1.0, tl.float32)  # the decay from the state to token t
     decayed = ()  # the keys so far, decayed to token t
     for t in tl.static_range(T):
+        b_q, b_k, b_g, b_beta = queries[t], keys[t], gates[t], betas[t]
         token = n * T + t
-        b_q, b_k, b_g, b_beta = load_token(
-            q, k, g, beta, A_log, dt_bias, token, n, hv, H, HV, K, GATE, HAS_BIAS, A_LOG_STRIDE,
-            DT_BIAS_STRIDE, LOWER_BOUND, SOFTPLUS_LINEAR_ABOVE, L2NORM_EPS, BETA_RANGE, SCALE)  # fmt: skip
         if WITH_UPDATE:
             tl.store(g_out + (token * HV + hv) * K + offsets_k, tl.where(live, b_g, 0))
             # k belongs to all value heads of a group: one of them writes.
