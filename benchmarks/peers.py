@@ -33,31 +33,46 @@ Replay = Callable[[], None]
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__)
-    parser.add_argument("output", type=pathlib.Path, nargs="?", default=record.RESULTS, help="folder for the JSON file")
+    parser.add_argument("output", type=pathlib.Path, nargs="?", default=record.RESULTS, help="folder for the JSON files")
+    parser.add_argument("--suites", nargs="+", choices=tuple(SUITES), default=list(SUITES), help="a JSON file each")
     parser.add_argument("--cells", choices=("full", "quick"), default="full")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks.peers times GPU kernels, and PyTorch sees no GPU.")
     sglang, fla = _sglang(), _fla()
-    rows: list[dict[str, Any]] = []
     with torch.inference_mode():
         bandwidth = _bandwidth()
-        for cell in cells("decode", args.cells):
-            if sglang:
-                rows += _row(cell, "sglang", "decode", functools.partial(_sglang_decode, cell, sglang))
-            if fla:
-                rows += _row(cell, "fla", "decode", functools.partial(_fla_decode, cell, fla))
-        if sglang:
-            for cell in cells("mtp", args.cells):
-                for name, count in accepted(cell.tokens).items():
-                    rows += _row(cell, "sglang", name, functools.partial(_sglang_chain, cell, sglang, count))
         agreement = _agreement(sglang, fla)
-    stamp = record.stamp(("torch", "triton", "flash-linear-attention", "fla-core", "sglang"))
-    if version := os.environ.get("KDA_SGLANG_VERSION"):  # its kernel may come as a file, which says no version
-        stamp["versions"].setdefault("sglang", version)
-    said = {"device": torch.cuda.get_device_name(), "platform": "gpu"} | stamp | {"bandwidth": bandwidth}
-    print(bandwidth, {"sglang against fla, relative error of o": agreement})
-    print("wrote", record.write("peers-gpu", said | {"sglang_against_fla": agreement, "rows": rows}, args.output))
+        print(bandwidth, {"sglang against fla, relative error of o": agreement})
+        for suite in args.suites:
+            rows = SUITES[suite](args.cells, sglang, fla)
+            stamp = record.stamp(("torch", "triton", "flash-linear-attention", "fla-core", "sglang"))
+            if version := os.environ.get("KDA_SGLANG_VERSION"):  # its kernel may come as a file, which says no version
+                stamp["versions"].setdefault("sglang", version)
+            said = {"device": torch.cuda.get_device_name(), "platform": "gpu"} | stamp
+            said |= {"bandwidth": bandwidth, "sglang_against_fla": agreement, "rows": rows}
+            print("wrote", record.write(f"{suite}-peers-gpu", said, args.output))
+
+
+def _decode_rows(size: str, sglang: Any, fla: Any) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for cell in cells("decode", size):
+        if sglang:
+            rows += _row(cell, "sglang", "decode", functools.partial(_sglang_decode, cell, sglang))
+        if fla:
+            rows += _row(cell, "fla", "decode", functools.partial(_fla_decode, cell, fla))
+    return rows
+
+
+def _mtp_rows(size: str, sglang: Any, fla: Any) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for cell in cells("mtp", size) if sglang else ():
+        for name, count in accepted(cell.tokens).items():
+            rows += _row(cell, "sglang", name, functools.partial(_sglang_chain, cell, sglang, count))
+    return rows
+
+
+SUITES = {"decode": _decode_rows, "mtp": _mtp_rows}
 
 
 def _sglang() -> Callable[..., torch.Tensor] | None:

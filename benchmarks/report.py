@@ -13,6 +13,7 @@ from benchmarks.cells import HEADS, POOLS, Cell
 
 Rows = dict[tuple[Cell, str], dict[str, Any]]
 FULL_CARD = 4096  # rows times value heads from which on the card is full, and bandwidth is what counts
+PEER_SUITES = ("decode-peers", "mtp-peers")
 PEERS = {"sglang": "SGLang", "fla": "FLA"}
 
 
@@ -20,7 +21,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("folder", type=pathlib.Path, nargs="?", default=record.RESULTS)
     folder = parser.parse_args().folder
-    records = {path.stem.removesuffix("-gpu"): json.loads(path.read_text()) for path in folder.glob("*-gpu.json")}
+    named = ((name, folder / f"{name}-gpu.json") for name in ("decode", "mtp", "loop", *PEER_SUITES))
+    records = {name: json.loads(path.read_text()) for name, path in named if path.exists()}
     if not records:
         raise SystemExit(f"no *-gpu.json in {folder}; python -m benchmarks decode mtp loop writes them on a GPU")
     (folder / "gpu.md").write_text(markdown(records))
@@ -31,7 +33,7 @@ def main() -> None:
 def markdown(records: dict[str, dict[str, Any]]) -> str:
     """The page of all tables; a suite that was not run is left out."""
     ours, peers = _ours(records), _peers(records)
-    bandwidth = records.get("peers", {}).get("bandwidth", {})
+    bandwidth = _bandwidth(records)
     sections = ["# On a GPU\n", *(_about(name, records[name]) for name in sorted(records))]
     if bandwidth:
         sections.append(
@@ -66,8 +68,13 @@ def _ours(records: dict[str, dict[str, Any]]) -> Rows:
 
 
 def _peers(records: dict[str, dict[str, Any]]) -> dict[str, Rows]:
-    rows = [row for row in records.get("peers", {}).get("rows", []) if "us" in row]
+    found = [records[suite]["rows"] for suite in PEER_SUITES if suite in records]
+    rows = [row for suite in found for row in suite if "us" in row]
     return {peer: {(_cell(row), row["variant"]): row for row in rows if row["peer"] == peer} for peer in PEERS}
+
+
+def _bandwidth(records: dict[str, dict[str, Any]]) -> dict[str, float]:
+    return next((records[suite]["bandwidth"] for suite in PEER_SUITES if suite in records), {})
 
 
 def _cell(row: dict[str, Any]) -> Cell:
@@ -202,7 +209,7 @@ def plot(records: dict[str, dict[str, Any]], path: pathlib.Path) -> None:
         lines = {"kda_jax": ours} | {PEERS[peer]: rows for peer, rows in peers.items()}
         for name, rows in lines.items():
             _line(axis, name, [(cell.n, row["us"]) for cell, row in _chosen(rows, "decode", pool)])
-        if bandwidth := records.get("peers", {}).get("bandwidth"):
+        if bandwidth := _bandwidth(records):
             tb_s = bandwidth["read_modify_write"]
             floor = [(cell.n, 2 * cell.states / tb_s / 1e6) for cell, _ in _chosen(ours, "decode", pool)]
             _line(axis, "read-modify-write", floor, "k--")
