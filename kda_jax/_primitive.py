@@ -141,6 +141,8 @@ class Operation:
         return [aval(out) for out in outputs]
 
     def _lower(self, ctx, *leaves, tree, spec, platform):
+        # An implementation is one device's program: it need not know what shard_map tracks, and Pallas would refuse it.
+        ctx = ctx.replace(avals_in=[jax.core.ShapedArray(x.shape, x.dtype, x.weak_type) for x in ctx.avals_in])
         return mlir.lower_fun(self._flat(spec.implementation, platform, tree, spec), multiple_results=True)(ctx, *leaves)
 
     def _flat(self, implementation, platform, tree, spec):

@@ -1,1 +1,1 @@
-"""Pallas kernels (Mosaic GPU backend) that stream the state pool through shared memory; for sm90 up."""
+"""Pallas kernel (Mosaic GPU backend) that streams the state pool through shared memory; for sm90 up."""

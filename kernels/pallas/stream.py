@@ -1,9 +1,9 @@
-"""What the streaming kernels share: tiles of the state pool brought to shared memory by TMA, changed there, and sent back.
+"""A ring of tiles: the state pool comes to shared memory by TMA, is changed there, and is sent back.
 
-Bound: memory, every byte of the state read once and written once. A CTA owns a ring of ``stages`` tiles and walks over
-its share of all tiles: while it works on one, the TMA unit fetches the next ones and empties the previous ones, so
-that the memory system always has requests from every multiprocessor, and no thread waits for it with its hands empty. What
-else a tile needs is 100 times smaller and is loaded into registers one tile ahead.
+A CTA owns a ring of ``stages`` tiles and walks over its share of all tiles: while it works on one, the TMA unit fetches the
+next ones and empties the previous ones, so that the memory system always has requests from every multiprocessor, and no
+thread waits for it with its hands empty. What else a tile needs is 100 times smaller and is loaded into registers one tile
+ahead.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Tile(NamedTuple):
     rows: int
     stages: int
     ctas: int
-    lag: int = 1
+    lag: int
 
 
 def layout(dtype: Any) -> Any:
@@ -53,14 +53,9 @@ def layout(dtype: Any) -> Any:
 
 
 def load(ref: Any, how: Any) -> jax.Array:
-    """A small array in the layout ``how``, from global memory or, where the layout may not suit its banks, from shared."""
+    """A small array of global memory in the layout ``how``."""
     index = () if jax.__version_info__ >= (0, 11) else ((),)  # JAX 0.10 wants an index, JAX 0.11 none
     return plgpu.load(ref, *index, layout=how, optimized=False)
-
-
-def bring_vector(there: Any, here: Any, ready: Any) -> None:
-    """Starts the copy of a contiguous array to shared memory; with the promise it needs no tensor descriptor."""
-    plgpu.copy_gmem_to_smem(there, here, ready, oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
 
 
 def down_rows(x: jax.Array, tile: jax.Array) -> jax.Array:
@@ -83,27 +78,24 @@ class Place(NamedTuple):
 
 def stream(
     state: Any,
+    slots: Any,
     ring: Any,
     ready: Any,
     tile: Tile,
     heads: int,
     *,
-    row: Callable[[jax.Array], tuple[jax.Array, ...]],
-    update: Callable[[jax.Array, Place, jax.Array, tuple[jax.Array, ...], Any], jax.Array],
-    prefetch: Callable[[Place], Any] = lambda where: (),
-    bring: Callable[[Place, jax.Array, tuple[jax.Array, ...]], None] | None = None,
-    send: Callable[[Place, jax.Array, jax.Array], None] | None = None,
+    prefetch: Callable[[Place], Any],
+    update: Callable[[jax.Array, jax.Array, Any], jax.Array],
+    send: Callable[[Place, jax.Array, jax.Array], None],
 ) -> None:
     """Runs ``update`` on every tile of the live rows, in place.
 
     Args:
-      state: the pool [P, HV, V, K], in global memory.
+      state: the pool [P, HV, V, K], in global memory; ``slots`` the slot of every row, or None where row n has slot n.
       ring: [stages, rows, K] in shared memory, and ``ready``, a barrier for each stage.
       heads: rows of the batch times value heads.
-      row: what there is to know of a row of the batch; first its slot, -1 where there is nothing to do.
-      update: ``(state tile in float32, place, stage, row, what was prefetched) -> new tile``, for tiles of live rows.
-      prefetch: what ``update`` needs of global memory, as registers; called one tile ahead, for dead rows too.
-      bring: ``(place, stage, row)`` starts further copies to shared memory that arrive at ``ready``; for live rows.
+      prefetch: what ``update`` needs of global memory, as registers; called one tile ahead, for padded rows too.
+      update: ``(state tile in float32, stage, what was prefetched) -> new tile``, for tiles of live rows.
       send: ``(place, stage, live)`` starts further copies to global memory; called for every tile.
     """
     _, value_heads, v_dim, _ = state.shape
@@ -124,42 +116,39 @@ def stream(
     def at(slot: jax.Array, where: Place) -> Any:
         return state.at[slot, where.hv, pl.ds(where.v, tile.rows)]
 
-    def fetch(step: jax.Array, what: tuple[jax.Array, ...], where: Place) -> None:
-        @pl.when((what[0] >= 0) & (step < count))
+    def fetch(step: jax.Array, slot: jax.Array, where: Place) -> None:
+        @pl.when((slot >= 0) & (step < count))
         def _():
             stage = lax.rem(step, jnp.int32(tile.stages))
-            plgpu.copy_gmem_to_smem(at(what[0], where), ring.at[stage], ready.at[stage])
-            if bring is not None:
-                bring(where, stage, what)
+            plgpu.copy_gmem_to_smem(at(slot, where), ring.at[stage], ready.at[stage])
 
     first = [place(jnp.int32(step)) for step in range(ahead)]
-    coming = [row(where.n) for where in first]
-    for step, (what, where) in enumerate(zip(coming, first, strict=True)):
-        fetch(jnp.int32(step), what, where)
+    coming = [slot_of(slots, state, where.n) for where in first]
+    for step, (slot, where) in enumerate(zip(coming, first, strict=True)):
+        fetch(jnp.int32(step), slot, where)
 
     def body(step: jax.Array, carry: Any) -> Any:
-        (what, *coming), small = carry
+        (slot, *coming), small = carry
         where, far = place(step), place(step + ahead)
         stage = lax.rem(step, jnp.int32(tile.stages))
         # Asked for before anything is waited for; used at the end of this step, and in the next.
-        coming = [*coming, row(far.n)]
+        coming = [*coming, slot_of(slots, state, far.n)]
         next_small = prefetch(place(step + 1))
-        live = what[0] >= 0
+        live = slot >= 0
 
         @pl.when(live)
         def _():
             plgpu.barrier_wait(ready.at[stage])
             s = plgpu.layout_cast(ring[stage], registers).astype(jnp.float32)
-            ring[stage] = update(s, where, stage, what, small).astype(ring.dtype)
+            ring[stage] = update(s, stage, small).astype(ring.dtype)
 
         plgpu.commit_smem()
 
         @pl.when(live)
         def _():
-            plgpu.copy_smem_to_gmem(ring.at[stage], at(what[0], where), commit_group=False)
+            plgpu.copy_smem_to_gmem(ring.at[stage], at(slot, where), commit_group=False)
 
-        if send is not None:
-            send(where, stage, live)
+        send(where, stage, live)
         plgpu.commit_smem_to_gmem_group()  # one a step, an empty one too: the wait below counts them
         plgpu.wait_smem_to_gmem(tile.lag, wait_read_only=True)
         fetch(step + ahead, coming[-1], far)

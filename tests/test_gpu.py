@@ -1,0 +1,269 @@
+"""The GPU kernels on a GPU: ``pytest -m gpu``. Values, bits, what is in place, long walks, and the memory they touch."""
+
+import dataclasses
+import functools
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kda_jax as kda
+from kda_jax.testing import cases, oracle, tolerance
+
+from .common import (
+    DECODE,
+    DECODE_MTP,
+    DECODE_MTP_PAGED,
+    FLAGS,
+    FLUSH,
+    SERVING,
+    VERIFY,
+    assert_close,
+    assert_equal,
+    rows,
+    stack,
+)
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU that JAX can use"),
+]
+
+KERNELS = "triton_kernel_call_ffi", "mosaic_gpu_v2"
+GATES = ("softplus", "lower_bound", None)
+PALLAS = dataclasses.replace(
+    DECODE,
+    name="decode-pallas",
+    run=functools.partial(kda.decode, **FLAGS, implementation="pallas"),
+    draw=functools.partial(DECODE.draw, state_dtype="bfloat16"),
+)
+HEADS = {"heads": 2, "value_heads": 4, "k_dim": 128, "v_dim": 128}
+
+
+def gpu_cases(some):
+    """The shared cases at head dimensions that the kernels serve, 64 and 128 in all four pairs."""
+    dims = [(64, 64), (128, 128), (64, 128), (128, 64)]
+    return [dataclasses.replace(case, k_dim=dims[i % 4][0], v_dim=dims[i % 4][1]) for i, case in enumerate(some)]
+
+
+def over(some):
+    return pytest.mark.parametrize("case", gpu_cases(some), ids=str)
+
+
+def inputs(case, layout):
+    drawn = cases.draw(case, layout=layout)
+    return drawn.arrays, drawn.state, drawn.options, tolerance(case.dtype, case.state_dtype)
+
+
+def check(results, reference, limits):
+    for x, y, limit in zip(results, reference, (limits.output, limits.state), strict=True):
+        assert_close(x, y, limit)
+
+
+def kernels(function, *args, **kwargs):
+    """How many kernels the compiled program calls, and that the calls went to them is so seen too."""
+    text = jax.jit(function, **kwargs).lower(*args).compile().as_text()
+    return sum(text.count(f'custom_call_target="{kernel}"') for kernel in KERNELS)
+
+
+def on_gpu(call, seed=0, **changes):
+    """A call's arrays at the kernels' head dimensions."""
+    return call.draw(seed, **{"k_dim": 128, "v_dim": 64} | changes)
+
+
+@over(cases.DECODE_CASES)
+def test_decode(case):
+    tokens, state, options, limits = inputs(case, "decode")
+    options |= {"state_indices": case.slots}
+    results = kda.decode(*tokens, state, **options, implementation="triton")
+    check(results, oracle.decode(*tokens, state, **options), limits)
+
+
+@over([dataclasses.replace(case, state_dtype="bfloat16") for case in cases.DECODE_CASES])
+def test_decode_on_pallas(case):
+    tokens, state, options, limits = inputs(case, "decode")
+    options |= {"state_indices": case.slots}
+    results = kda.decode(*tokens, state, **options, implementation="pallas")
+    check(results, oracle.decode(*tokens, state, **options), limits)
+    if case.slots is not None:
+        untouched = np.setdiff1d(np.arange(case.pool_size), case.slots)
+        assert_equal(results[1][untouched], state[untouched])
+
+
+@over(cases.DRAFT_CASES)
+def test_decode_mtp(case):
+    tokens, state, options, limits = inputs(case, "draft")
+    options |= {"state_indices": case.slots}
+    results = kda.decode_mtp(*tokens, state, **options, implementation="triton")
+    check(results, oracle.decode_mtp(*tokens, state, **options), limits)
+
+
+@over(cases.DRAFT_CASES)
+def test_decode_mtp_paged(case):
+    count = case.batch * case.tokens
+    case = dataclasses.replace(case, pool_size=count + 2)
+    tokens, state, options, limits = inputs(case, "draft")
+    slots = np.random.default_rng(1).permutation(count + 2)[:count].reshape(case.batch, case.tokens)
+    slots[0, 1:2] = -3
+    options |= {"state_indices": slots, "num_accepted": np.arange(case.batch) % case.tokens + 1}
+    results = kda.decode_mtp(*tokens, state, **options, implementation="triton")
+    check(results, oracle.decode_mtp(*tokens, state, **options), limits)
+
+
+@over(cases.DRAFT_CASES)
+def test_verify_and_flush(case):
+    tokens, state, options, limits = inputs(case, "draft")
+    indices = {"state_indices": case.slots}
+    o, update = kda.verify(*tokens, state, **options, **indices, implementation="triton")
+    alone = kda.verify(*tokens, state, **options, **indices, with_update=False, implementation="triton")
+    assert_equal(alone, (o, None))
+    accepted = (np.arange(case.batch) + case.tokens) % (case.tokens + 1)
+    flushed = kda.flush(state, update, accepted, **indices, implementation="triton")
+    reference = (
+        oracle.verify(*tokens, state, **options, **indices),
+        oracle.verify_flush(*tokens, state, accepted, **options, **indices),
+    )
+    check((o, flushed), reference, limits)
+
+
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("gate", GATES)
+def test_decode_mtp_is_decode_token_by_token(gate, dtype, state_dtype):
+    """Strict: bit for bit, in both forms."""
+    case = cases.Case("strict", batch=3, tokens=7, gate=gate, dtype=dtype, state_dtype=state_dtype, pool_size=21, **HEADS)
+    (q, k, v, g, beta), state, options, _ = inputs(case, "draft")
+    o, states = kda.decode_mtp(q, k, v, g, beta, state, **options, state_indices=np.arange(3), implementation="triton")
+    slots = np.arange(21).reshape(7, 3).T  # every row starts from slot n and leaves its last state elsewhere
+    where = {"state_indices": slots, "num_accepted": 1}
+    paged = kda.decode_mtp(q, k, v, g, beta, state, **options, **where, implementation="triton")
+    assert_equal(paged[0], o)
+    for t in range(7):
+        token = (x[:, t] for x in (q, k, v, g, beta))
+        one, state = kda.decode(*token, state, **options, state_indices=np.arange(3), implementation="triton")
+        assert_equal(one, o[:, t])
+        assert_equal(state[:3], states[:, t])
+        assert_equal(paged[1][slots[:, t]], states[:, t])
+
+
+@pytest.mark.parametrize(
+    ("call", "state_dtype"),
+    [*((call, state_dtype) for call in SERVING for state_dtype in ("float32", "bfloat16")), (PALLAS, "bfloat16")],
+    ids=str,
+)
+def test_a_row_does_not_depend_on_the_others(call, state_dtype):
+    """The same bits alone, among others, among padding, and again."""
+    arrays = on_gpu(call, state_dtype=state_dtype, batch=5, pool_size=20)
+    everyone = call(arrays)
+    assert_equal(call(arrays), everyone)
+    shared = {"state", "gate"}
+    for n in (0, 2, 4):
+        alone = {name: x if name in shared else rows(x, slice(n, n + 1)) for name, x in arrays.items()}
+        slots = np.asarray(arrays["state_indices"])[n]
+        padded = dict(arrays)
+        padded["state_indices"] = jnp.where(
+            jnp.arange(5).reshape(-1, *(1,) * (np.ndim(slots))) == n, arrays["state_indices"], 1000
+        )
+        for one, at in ((call(alone), 0), (call(padded), n)):
+            for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(everyone), strict=True):
+                if x.shape == arrays["state"].shape:
+                    assert_equal(x[slots], y[slots])
+                else:
+                    assert_equal(x[at], y[n])
+
+
+@pytest.mark.parametrize("call", [*SERVING, PALLAS], ids=str)
+def test_a_vmapped_call_is_one_launch(call):
+    instances = [on_gpu(call, seed) for seed in range(3)]
+    batched = stack(instances)
+    assert kernels(call, instances[0]) == kernels(jax.vmap(call), batched) >= 1
+    assert_equal(jax.vmap(call)(batched), stack([call(arrays) for arrays in instances]))
+
+
+@pytest.mark.parametrize("call", [DECODE, DECODE_MTP_PAGED, FLUSH, PALLAS], ids=str)
+@pytest.mark.parametrize("indices", [True, False], ids=["indices", "no-indices"])
+def test_a_donated_pool_is_updated_in_place(call, indices):
+    """The same address afterwards, no room for a second pool, and no copy in the program."""
+    arrays = on_gpu(call, pool_size=3 if call is not DECODE_MTP_PAGED else 6)
+    if call is not DECODE_MTP_PAGED:
+        arrays["state_indices"] = jnp.asarray([2, 0, 1], jnp.int32) if indices else None
+    state = arrays.pop("state")
+
+    def run(state, arrays):
+        out = call(arrays | {"state": state})
+        return out if isinstance(out, tuple) else (None, out)
+
+    program = jax.jit(run, donate_argnums=0).lower(state, arrays).compile()
+    assert " copy(" not in program.as_text()
+    assert program.memory_analysis().temp_size_in_bytes < state.nbytes
+    address = state.unsafe_buffer_pointer()
+    _, out = program(state, arrays)
+    assert out.unsafe_buffer_pointer() == address
+
+
+def test_flush_layers_is_one_launch_and_the_loop_over_layers():
+    layers = [on_gpu(FLUSH, seed) for seed in range(4)]
+    shared = {name: layers[0][name] for name in ("num_accepted", "state_indices")}
+    states, updates = (stack([layer[name] for layer in layers]) for name in ("state", "update"))
+    loop = [kda.flush(layer["state"], layer["update"], **shared) for layer in layers]
+    assert_equal(kda.flush_layers(states, updates, **shared), jnp.stack(loop))
+    assert kernels(lambda *args: kda.flush_layers(*args, **shared), states, updates) == 1
+
+
+def test_counts_are_data():
+    """One program for every number of accepted tokens; no accepted token leaves the pool bit for bit."""
+    arrays = on_gpu(FLUSH, tokens=4)
+    flush = jax.jit(kda.flush)
+    for m in (0, 2, 4):
+        out = flush(arrays["state"], arrays["update"], jnp.full(3, m), state_indices=arrays["state_indices"])
+        assert (m == 0) == bool((out == arrays["state"]).all())
+    assert flush._cache_size() == 1
+
+
+@pytest.mark.parametrize("gate", ["softplus", "lower_bound"])
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
+def test_walk_of_32768_tokens(gate, state_dtype):
+    """No drift: decode, one token after the other in one program, against the oracle at the end."""
+    tokens = 32768
+    case = cases.Case("walk", batch=1, tokens=tokens, heads=1, value_heads=1, k_dim=64, v_dim=64, gate=gate)
+    (q, k, v, g, beta), _, options, _ = inputs(dataclasses.replace(case, initial_state=False), "chunk")
+
+    def step(state, token):
+        o, state = kda.decode(*(x[None] for x in token), state, **options, implementation="triton")
+        return state, o[0]
+
+    start = jnp.zeros((1, 1, 64, 64), state_dtype)
+    state, o = jax.jit(lambda *xs: jax.lax.scan(step, start, xs))(*(x[0] for x in (q, k, v, g, beta)))
+    reference, last = oracle.chunk(q, k, v, g, beta, **options)
+    limits = tolerance("float32", state_dtype)
+    # Rounded after every token, a bfloat16 state is a walk with memory: its error is of the last tokens' roundings.
+    assert_close(state, last, limits.state if state_dtype == "float32" else 3e-2)
+    assert_close(o[-256:], reference[0, -256:], limits.output if state_dtype == "float32" else 3e-2)
+
+
+@pytest.mark.parametrize("call", [DECODE, DECODE_MTP, VERIFY], ids=str)
+def test_default_is_the_kernel_where_it_serves_and_xla_elsewhere(call):
+    assert kernels(call, on_gpu(call)) >= 1
+    assert kernels(call, on_gpu(call, k_dim=32)) == 0
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_sanitizer_finds_nothing(tool):
+    """compute-sanitizer over a small case of each kernel; every buffer its own allocation, so that its ends are known."""
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer is not installed")
+    script = pathlib.Path(__file__).with_name("sanitized.py")
+    settings = {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform", "XLA_FLAGS": "--xla_gpu_enable_command_buffer="}
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, str(script)]
+    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=500)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said[-3000:]
+    assert "ERROR SUMMARY: 0 errors" in said or "0 hazards" in said, said[-3000:]
+    assert "all ran" in said
