@@ -139,9 +139,13 @@ def find(call: Call, implementation: str | None) -> Callable[[Any, Any], Any]:
             if implementation is None:
                 _warn_of_missing_package(row.implementation, reason)
         if reason is None:
-            module, name = row.function.split(":")
-            return getattr(importlib.import_module(module), name)
+            return _load(row)
     raise _cannot_serve(call, implementation, reason)
+
+
+def _load(row: Row) -> Callable[[Any, Any], Any]:
+    module, name = row.function.split(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def _rows(operation: str, implementation: str | None) -> list[Row]:
@@ -150,7 +154,10 @@ def _rows(operation: str, implementation: str | None) -> list[Row]:
 
 
 def _cannot_serve(call: Call, implementation: str | None, reason: str | None) -> NotImplementedError:
-    return NotImplementedError(f"{call.operation}: implementation {implementation!r} does not serve this call: {reason}")
+    name = call.operation.replace("_", ".", 1)
+    for form in ("_fwd", "_bwd", "_paged"):
+        name = name.removesuffix(form)
+    return NotImplementedError(f"{name}: implementation is {implementation!r}, which does not serve this call: {reason}")
 
 
 @functools.cache

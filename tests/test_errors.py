@@ -125,8 +125,8 @@ OPTIONS = [
     *rejects(
         [*TOKENS, *FLUSH],
         NotImplementedError,
-        "implementation is 'triton' ... does not have ... None or one of 'xla'",
-        implementation="triton",
+        "implementation is 'cute' ... does not have ... None or one of ... 'xla'",
+        implementation="cute",
     ),
     *rejects(VERIFY, TypeError, "with_update is 0 ... must be True or False", with_update=0),
     *rejects(CHUNK, ValueError, "chunk_size is 48 ... must be 16, 32, 64 or 128", chunk_size=48),

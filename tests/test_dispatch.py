@@ -1,0 +1,170 @@
+"""Which implementation serves: the table, the reasons where a forced one cannot, and the target's part in it."""
+
+import importlib
+import importlib.util
+import warnings
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import pytest
+
+import kda_jax as kda
+from kda_jax import _dispatch
+
+from .common import DECODE, FLUSH, VERIFY
+
+TRITON = "triton_kernel_call_ffi"
+ANYTHING = [jax.export.DisabledSafetyCheck.custom_call(name) for name in (TRITON, "mosaic_gpu_v2")]
+
+pytest.importorskip("jax_triton")
+
+
+def exported(call, arrays, capability="9.0"):
+    """The text of the program for CUDA."""
+    with kda.cuda_target(capability):
+        run = jax.jit(lambda arrays: call(arrays))
+        return jax.export.export(run, platforms=["cuda"], disabled_checks=ANYTHING)(arrays).mlir_module()
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The rows that lowering picked, each served by xla in its place."""
+    found = []
+    functions = {row.operation: row.function for row in _dispatch.TABLE if row.implementation == "xla"}
+
+    def note(row):
+        module, name = functions[row.operation].split(":")
+        function = getattr(importlib.import_module(module), name)
+
+        def serve(operands, spec):
+            found.append(row.implementation)
+            return function(operands, spec)
+
+        return serve
+
+    monkeypatch.setattr(_dispatch, "_load", note)
+    return found
+
+
+@pytest.mark.parametrize("row", _dispatch.TABLE, ids=lambda row: f"{row.operation}-{row.implementation}")
+def test_rows_name_functions_and_runs(row):
+    assert callable(_dispatch._load(row))
+    assert row.measured.startswith("benchmarks/results/")
+    assert row.implementation in _dispatch.IMPLEMENTATIONS
+
+
+def test_every_operation_ends_in_xla_that_needs_nothing():
+    last = {row.operation: row for row in _dispatch.TABLE}
+    assert all(row.implementation == "xla" and row.needs == _dispatch.Needs() for row in last.values())
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="what None does on a CPU")
+def test_on_cpu_it_is_xla_without_a_word(asked):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        jax.jit(lambda arrays: DECODE(arrays))(DECODE.draw(0, k_dim=64, v_dim=64))
+    assert asked == ["xla"]
+
+
+@pytest.mark.parametrize(
+    ("call", "changes", "capability", "expected"),
+    [
+        (DECODE, {}, "9.0", "triton"),
+        (DECODE, {}, "8.0", "triton"),
+        (DECODE, {}, "7.5", "xla"),
+        (DECODE, {"k_dim": 32}, "9.0", "xla"),
+        (DECODE, {"state_dtype": "bfloat16"}, "9.0", "triton"),  # never pallas, whose bits are others
+        (VERIFY, {"tokens": 16}, "10.0", "triton"),
+        (VERIFY, {"tokens": 17}, "9.0", "xla"),
+        (FLUSH, {}, "9.0", "triton"),
+    ],
+)
+def test_none_takes_the_best_that_serves(asked, call, changes, capability, expected):
+    exported(call, call.draw(0, **{"k_dim": 64, "v_dim": 64} | changes), capability)
+    assert asked == [expected]
+
+
+def test_targets_are_part_of_the_cache_key(asked):
+    """One jitted function, exported for three targets."""
+    run = jax.jit(lambda arrays: DECODE(arrays))
+    arrays = DECODE.draw(0, k_dim=64, v_dim=64)
+    for capability in ("9.0", "7.0", "9.0"):
+        with kda.cuda_target(capability):
+            jax.export.export(run, platforms=["cuda"])(arrays)
+    assert asked[:2] == ["triton", "xla"]
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="this machine's own GPU would be the target")
+def test_without_a_target_a_cuda_program_is_xla(asked):
+    arrays = DECODE.draw(0, k_dim=64, v_dim=64)
+    jax.export.export(jax.jit(lambda arrays: DECODE(arrays)), platforms=["cuda"])(arrays)
+    assert asked == ["xla"]
+
+
+def test_a_program_for_several_platforms(asked):
+    arrays = DECODE.draw(0, k_dim=64, v_dim=64)
+    with kda.cuda_target("9.0"):
+        program = jax.export.export(jax.jit(lambda arrays: DECODE(arrays)), platforms=["cpu", "cuda"])(arrays)
+    assert sorted(asked) == ["triton", "xla"]
+    assert jax.tree.map(jnp.shape, program.call(arrays)) == jax.tree.map(jnp.shape, DECODE(arrays))
+
+
+def forced(implementation, **changes):
+    arrays = DECODE.draw(0, **{"k_dim": 64, "v_dim": 64} | changes)
+    return lambda: kda.decode(**arrays, implementation=implementation)
+
+
+@pytest.mark.parametrize(
+    ("changes", "implementation", "reason"),
+    [
+        ({"k_dim": 32}, "triton", r"head dimension K is 32; it must be one of \(64, 128\)"),
+        ({"v_dim": 96}, "triton", r"head dimension V is 96; it must be one of \(64, 128\)"),
+        ({}, "pallas", r"state has dtype float32; it must be one of \('bfloat16',\)"),
+    ],
+)
+@pytest.mark.parametrize("jit", [False, True])
+def test_a_forced_one_says_why_it_cannot(changes, implementation, reason, jit):
+    run = forced(implementation, **changes)
+    with pytest.raises(NotImplementedError, match=f"^kda.decode: implementation is '{implementation}', which .*{reason}"):
+        jax.eval_shape(run) if jit else run()
+
+
+def test_verify_of_too_many_tokens():
+    arrays = VERIFY.draw(0, k_dim=64, v_dim=64, tokens=17)
+    with pytest.raises(NotImplementedError, match="T is 17; it must be at most 16"):
+        kda.verify(**arrays, implementation="triton")
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a GPU would serve it")
+def test_forced_on_a_cpu():
+    with pytest.raises(NotImplementedError, match="platform without CUDA; it must be cuda"):
+        forced("triton")()
+
+
+def test_forced_for_an_old_gpu():
+    with (
+        kda.cuda_target("7.5"),
+        pytest.raises(NotImplementedError, match=r"compute capability is 7\.5; it must be 8\.0 or more"),
+    ):
+        jax.export.export(jax.jit(forced("triton")), platforms=["cuda"])()
+
+
+def test_a_missing_package(asked, monkeypatch):
+    """None falls back to xla with one warning; a forced name says what to install."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "jax_triton" else find(name, *rest))
+    _dispatch._warn_of_missing_package.cache_clear()
+    arrays = DECODE.draw(0, k_dim=64, v_dim=64)
+    with pytest.warns(UserWarning, match=r"jax_triton is missing: pip install 'kda-jax\[triton\]'"):
+        exported(DECODE, arrays)
+    exported(DECODE, arrays)  # and no second warning, which would be an error
+    assert asked == ["xla", "xla"]
+    with kda.cuda_target("9.0"), pytest.raises(NotImplementedError, match="jax_triton is missing"):
+        jax.export.export(jax.jit(forced("triton")), platforms=["cuda"])()
+
+
+@pytest.mark.parametrize("wrong", ["sm_90", "9", 90, None])
+def test_a_target_that_is_none(wrong):
+    with pytest.raises(ValueError, match=r'it must be "major\.minor"'), kda.cuda_target(wrong):
+        pass
