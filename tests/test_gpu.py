@@ -67,7 +67,7 @@ def check(results, reference, limits):
 
 
 def kernels(function, *args, **kwargs):
-    """How many kernels the compiled program calls, and that the calls went to them is so seen too."""
+    """How many kernels the compiled program calls."""
     text = jax.jit(function, **kwargs).lower(*args).compile().as_text()
     return sum(text.count(f'custom_call_target="{kernel}"') for kernel in KERNELS)
 

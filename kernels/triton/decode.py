@@ -9,7 +9,7 @@ read again by each tile of a head.
 import triton
 import triton.language as tl
 
-from .token import load_token, place, step
+from .token import load_token, place, slot_of, step
 
 
 @triton.jit
@@ -21,11 +21,7 @@ def decode(q, k, v, g, beta, A_log, dt_bias, state, slots, pool_end, o, new_stat
            SCALE: tl.constexpr):  # fmt: skip
     """``new_state`` is ``state``: the pool is updated in place. ``pool_end`` is -P (see launch.py)."""
     n, hv, offsets_v = place(HV, V, BV)
-    slot = n
-    live = True
-    if HAS_SLOTS:
-        slot = tl.load(slots + n).to(tl.int64)
-        live = (slot >= 0) & (slot + pool_end < 0)
+    slot, live = slot_of(slots, n, pool_end, HAS_SLOTS)
     offsets_o = (n * HV + hv) * V + offsets_v
     if live:
         rows = (slot * HV + hv) * V + offsets_v

@@ -8,7 +8,7 @@ whose step this inlines: the bits are the same.
 import triton
 import triton.language as tl
 
-from .token import load_token, place, step
+from .token import load_token, place, slot_of, step
 
 
 @triton.jit
@@ -20,11 +20,7 @@ def decode_mtp(q, k, v, g, beta, A_log, dt_bias, state, slots, pool_end, o, stat
                SCALE: tl.constexpr):  # fmt: skip
     """The states go to an array of their own, ``states`` [N, T, HV, V, K]; those of a padded row are zero."""
     n, hv, offsets_v = place(HV, V, BV)
-    slot = n
-    live = True
-    if HAS_SLOTS:
-        slot = tl.load(slots + n).to(tl.int64)
-        live = (slot >= 0) & (slot + pool_end < 0)
+    slot, live = slot_of(slots, n, pool_end, HAS_SLOTS)
     offsets_k = tl.arange(0, K)
     tile = ((slot * HV + hv) * V + offsets_v)[:, None] * K + offsets_k[None, :]
     s = tl.load(state + tile, mask=live, other=0.0)

@@ -22,6 +22,18 @@ def place(HV: tl.constexpr, V: tl.constexpr, BV: tl.constexpr):
 
 
 @triton.jit
+def slot_of(slots, n, pool_end, HAS_SLOTS: tl.constexpr):
+    """The slot of row n and whether it lies in the pool; without indices row n is slot n."""
+    if HAS_SLOTS:
+        slot = tl.load(slots + n).to(tl.int64)
+        live = (slot >= 0) & (slot + pool_end < 0)
+    else:
+        slot = n
+        live = True
+    return slot, live
+
+
+@triton.jit
 def log1p(x):
     """log(1 + x) for x >= 0, exact in the last bits where 1 + x rounds (Higham, Accuracy and Stability, 1.14.1)."""
     u = 1 + x

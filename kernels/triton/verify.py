@@ -11,7 +11,7 @@ vectors of BV.
 import triton
 import triton.language as tl
 
-from .token import load_token, place
+from .token import load_token, place, slot_of
 
 
 @triton.jit
@@ -85,11 +85,7 @@ def verify(v, state, slots, reads_high, reads_low, links, pool_end, u, o,
            V: tl.constexpr, BV: tl.constexpr, HAS_SLOTS: tl.constexpr):  # fmt: skip
     """TP is 2 T padded to what a product takes; ``u`` is the Update's, unused without it."""
     n, hv, offsets_v = place(HV, V, BV)
-    slot = n
-    live = True
-    if HAS_SLOTS:
-        slot = tl.load(slots + n).to(tl.int64)
-        live = (slot >= 0) & (slot + pool_end < 0)
+    slot, live = slot_of(slots, n, pool_end, HAS_SLOTS)
     offsets_k = tl.arange(0, K)
     tile = ((slot * HV + hv) * V + offsets_v)[:, None] * K + offsets_k[None, :]
     s = tl.load(state + tile, mask=live, other=0.0)
