@@ -35,7 +35,7 @@ def _forward_outputs(args: ChunkOperands, sizes: dict[str, int], spec: ChunkSpec
     dtype = arithmetic_dtype(args)
     state_dtype = dtype if args.initial_state is None else args.initial_state.dtype
     outputs = Output("B T HV V", args.v.dtype), Output("S HV V K", state_dtype)
-    return (*outputs, Output("B C HV V K", dtype)) if spec.save_states else outputs
+    return outputs if spec.states_dtype is None else (*outputs, Output("B C HV V K", spec.states_dtype))
 
 
 def _backward_outputs(args: ChunkBackwardOperands, sizes: dict[str, int], spec: ChunkSpec) -> tuple[Output, ...]:
@@ -146,7 +146,9 @@ def _chunk(args: ChunkOperands, spec: ChunkSpec) -> tuple[jax.Array, jax.Array]:
 
 
 def _chunk_fwd(args: ChunkOperands, spec: ChunkSpec):
-    o, state, states = FORWARD.bind(args, dataclasses.replace(spec, save_states=True))
+    half = all(jnp.finfo(x.dtype).bits == 16 for x in args[:5])
+    states_dtype = "bfloat16" if half else arithmetic_dtype(args).name
+    o, state, states = FORWARD.bind(args, dataclasses.replace(spec, states_dtype=states_dtype))
     return (o, state), (args, states)
 
 

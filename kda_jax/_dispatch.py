@@ -24,6 +24,7 @@ class Call(NamedTuple):
     dtypes: Mapping[str, str]  # by the names of the operands
     platform: str | None
     compute_capability: int | None  # of CUDA, times ten
+    chunk_size: int | None = None  # of chunk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Needs:
     dtypes: tuple[str, ...] | None = None  # of every floating operand but the state
     state_dtypes: tuple[str, ...] | None = None
     max_tokens: int | None = None  # T
+    chunk_size: int | None = None
 
     def unmet_by_call(self, call: Call) -> str | None:
         """Why the call cannot be served on any machine, or None."""
@@ -46,8 +48,10 @@ class Needs:
         tokens = call.sizes.get("T", 1)
         if self.max_tokens is not None and tokens > self.max_tokens:
             return f"T is {tokens}; it must be at most {self.max_tokens}"
+        if self.chunk_size not in (None, call.chunk_size):
+            return f"chunk_size is {call.chunk_size}; it must be {self.chunk_size}"
         for operand, dtype in call.dtypes.items():
-            served = self.state_dtypes if operand == "state" else self.dtypes
+            served = self.state_dtypes if operand.endswith(("state", "states")) else self.dtypes
             if served is not None and not dtype.startswith("int") and dtype not in served:
                 return f"{operand} has dtype {dtype}; it must be one of {served}"
         if self.head_dims is not None and 0 in call.sizes.values():
@@ -82,6 +86,8 @@ _ANY = Needs()
 _ACTIVATIONS = ("bfloat16", "float16", "float32")
 _TRITON = Needs("jax_triton", 80, (64, 128), _ACTIVATIONS, ("float32", "bfloat16"))
 _PALLAS = Needs(None, 90, (64, 128), _ACTIVATIONS, ("bfloat16",))
+_TRITON_CHUNK = dataclasses.replace(_TRITON, chunk_size=64)
+_CHUNK_GPU = "benchmarks/results/chunk-gpu.json"
 _DECODE_GPU = "benchmarks/results/decode-gpu.json"
 _MTP_GPU = "benchmarks/results/mtp-gpu.json"
 _PALLAS_GPU = "benchmarks/results/pallas-gpu.json"
@@ -89,6 +95,7 @@ _CPU = "benchmarks/results/serving-cpu.json"
 
 # The first row that serves a call wins, so the fastest stands first; None passes over those with default=False.
 TABLE = (
+    Row("kda_chunk_fwd", "triton", _TRITON_CHUNK, "kda_jax.triton.chunk:forward", _CHUNK_GPU),
     Row("kda_chunk_fwd", "xla", _ANY, "kda_jax.xla.chunk:forward", "benchmarks/results/chunk-cpu.json"),
     Row("kda_chunk_bwd", "xla", _ANY, "kda_jax.xla.chunk:backward", "benchmarks/results/chunk-cpu.json"),
     Row("kda_decode", "triton", _TRITON, "kda_jax.triton.decode:decode", _DECODE_GPU),

@@ -32,7 +32,7 @@ class Spec:
 @dataclasses.dataclass(frozen=True)
 class ChunkSpec(Spec):
     chunk_size: int
-    save_states: bool = False  # whether the forward pass also returns the state at the start of every chunk
+    states_dtype: str | None = None  # if given, the forward pass also returns the state at the start of every chunk
 
 
 @dataclasses.dataclass(frozen=True)

@@ -68,7 +68,7 @@ class Operation:
     def bind(self, args: Any, spec: Any) -> tuple[jax.Array, ...]:
         """Runs the operation on a NamedTuple of arrays, absent ones None, with the hashable static ``spec``."""
         if spec.implementation is not None:
-            _dispatch.check_call(spec.implementation, self._call(args, None))
+            _dispatch.check_call(spec.implementation, self._call(args, spec, None))
         args = vary_together(args)
         leaves, tree = jax.tree.flatten(args)
         run = functools.partial(self.primitive.bind, tree=tree, spec=spec)
@@ -116,11 +116,12 @@ class Operation:
         _, outputs = self._declared_outputs(args, spec)
         return [NamedSharding(mesh, PartitionSpec(*(placed.get(a) for a in out.axes.split()))) for out in outputs]
 
-    def _call(self, args: Any, platform: str | None) -> _dispatch.Call:
+    def _call(self, args: Any, spec: Any, platform: str | None) -> _dispatch.Call:
         """What the dispatch table needs to know of a call."""
         dtypes = {operand: jnp.dtype(x.dtype).name for operand, x in args._asdict().items() if x is not None}
         capability = _target.compute_capability() if platform == "cuda" else None
-        return _dispatch.Call(self.name, self._sizes(args), dtypes, platform, capability)
+        chunk_size = getattr(spec, "chunk_size", None)
+        return _dispatch.Call(self.name, self._sizes(args), dtypes, platform, capability, chunk_size)
 
     # The rules.
 
@@ -149,7 +150,7 @@ class Operation:
         """The implementation as a function of the operands that are there."""
 
         def flat(*leaves):
-            function = _dispatch.find(self._call(tree.unflatten(leaves), platform), implementation)
+            function = _dispatch.find(self._call(tree.unflatten(leaves), spec, platform), implementation)
             with jax.numpy_rank_promotion("allow"):  # a user's stricter setting is for the user's own code
                 return function(tree.unflatten(leaves), spec)
 

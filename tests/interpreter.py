@@ -72,8 +72,11 @@ class Memory:
         return tuple(stride // self.values.itemsize for stride in self.values.strides)
 
 
-def mend_bfloat16(monkeypatch: Any) -> None:
-    """The interpreter keeps bfloat16 as uint16, cuts where a GPU rounds, and multiplies matrices of those integers."""
+def mend(monkeypatch: Any) -> None:
+    """The interpreter keeps bfloat16 as uint16, cuts where a GPU rounds, and multiplies matrices of those integers.
+
+    And the bounds of a loop that a kernel loads are arrays of one number, which NumPy 2.4 no longer takes for an index.
+    """
     convert, dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
 
     def rounded(data, source, target, rounding_mode):
@@ -90,6 +93,13 @@ def mend_bfloat16(monkeypatch: Any) -> None:
         )
         return dot(self, a, b, *rest)
 
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def with_index(tensor, scope):
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", with_index)
     monkeypatch.setattr(interpreter, "_convert_float", rounded)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", of_numbers)
 
@@ -97,9 +107,13 @@ def mend_bfloat16(monkeypatch: Any) -> None:
 LEAST_ROWS = 32  # of a tile here: the interpreter's time is programs, and two a head show all there is to see
 
 
-def launch(kernel, inputs, outputs, *, heads, tile, in_place=None, fuse=False, **constants):
+def launch_tiles(kernel, inputs, outputs, *, heads, tile, **options):
+    rows = max(tile.rows, LEAST_ROWS)
+    return launch(kernel, inputs, outputs, programs=heads * (options["V"] // rows), warps=tile.warps, BV=rows, **options)
+
+
+def launch(kernel, inputs, outputs, *, programs, warps, in_place=None, fuse=False, **constants):
     """As ``kda_jax.triton.launch.launch``, eagerly; an output starts as poison, unless it is an input's memory."""
-    tile = tile._replace(rows=max(tile.rows, LEAST_ROWS))
     owned: dict[int, Memory] = {}
     arguments = []
     for x in inputs:
@@ -113,8 +127,7 @@ def launch(kernel, inputs, outputs, *, heads, tile, in_place=None, fuse=False, *
     before = [x.values.copy() for x in arrays]
     aliased = {output: arrays[at] for at, output in (in_place or {}).items()}
     results = [aliased.get(i) or Memory(None, x.shape, x.dtype) for i, x in enumerate(outputs)]
-    grid = (heads * (constants["V"] // tile.rows),)
-    kernel[grid](*arguments, *results, BV=tile.rows, **constants)
+    kernel[(programs,)](*arguments, *results, **constants)
     for memory in (*arrays, *results):
         memory.check_guards()
     for memory, old in zip(arrays, before, strict=True):

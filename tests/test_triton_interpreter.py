@@ -25,9 +25,9 @@ from . import interpreter
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
-    interpreter.mend_bfloat16(monkeypatch)
+    interpreter.mend(monkeypatch)
     for module in (decode_calls, verify_calls, flush_calls):
-        monkeypatch.setattr(module, "launch", interpreter.launch)
+        monkeypatch.setattr(module, "launch_tiles", interpreter.launch_tiles)
     np_errors = np.seterr(all="ignore")  # exp(-200) is zero, on a GPU silently
     yield
     np.seterr(**np_errors)

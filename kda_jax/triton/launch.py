@@ -27,33 +27,41 @@ class Tile(NamedTuple):
         return Tile(min(self.rows * 128 // k_dim, v_dim), self.warps)
 
 
+def launch_tiles(
+    kernel: Any, inputs: Sequence[Any], outputs: Sequence[jax.ShapeDtypeStruct], *, heads: int, tile: Tile, **options: Any
+) -> tuple[jax.Array, ...]:
+    """Runs ``kernel`` on every tile of ``heads`` (rows times value heads) of the state; otherwise as :func:`launch`."""
+    programs = heads * (options["V"] // tile.rows)
+    return launch(kernel, inputs, outputs, programs=programs, warps=tile.warps, BV=tile.rows, **options)
+
+
 def launch(
     kernel: Any,
     inputs: Sequence[Any],
     outputs: Sequence[jax.ShapeDtypeStruct],
     *,
-    heads: int,
-    tile: Tile,
+    programs: int,
+    warps: int,
     in_place: Mapping[int, int] | None = None,
     fuse: bool = False,
     **constants: Any,
 ) -> tuple[jax.Array, ...]:
-    """Runs ``kernel`` on every tile of ``heads`` (rows times value heads) of the state.
+    """Runs ``programs`` programs of ``kernel``.
 
     The kernel's parameters are the inputs (arrays, then integers), the outputs and the constants, in that order.
     ``in_place`` maps an input to the output that is the same memory. ``fuse`` lets the compiler contract products and sums;
-    not where bits must be those of another kernel. What depends on N is in the grid and in integers that
-    are read at run time, so one binary serves every N.
+    not where bits must be those of another kernel. What depends on N or T is in ``programs`` and in integers that
+    are read at run time, so one binary serves all.
     """
     arrays = [x for x in inputs if not isinstance(x, int)]
     program = _program(
         kernel,
         tuple(x if isinstance(x, int) else jnp.dtype(x.dtype).name for x in (*inputs, *outputs)),
-        heads * (constants["V"] // tile.rows),
-        tile.warps,
+        programs,
+        warps,
         fuse,
         _target.compute_capability(),
-        tuple(sorted(constants.items() | {("BV", tile.rows)})),
+        tuple(sorted(constants.items())),
     )
     # XLA records this target, and not jax-triton's own call, into command buffers (CUDA graphs).
     call = jax.ffi.ffi_call("triton_kernel_call_ffi", tuple(outputs), input_output_aliases=dict(in_place or {}))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from kda_jax._operands import PoolOperands, VerifySpec, single_chunk
 from kda_jax.kernels.triton import verify as token_parallel_kernels
 from kda_jax.kernels.triton import verify_recurrent as recurrent_kernels
-from kda_jax.triton.launch import Tile, launch, like, pool_end, token_constants, token_inputs
+from kda_jax.triton.launch import Tile, launch_tiles, like, pool_end, token_constants, token_inputs
 
 # By the pool's dtype and T, where the recurrent form is the faster one for small batches and not much slower for large ones.
 RECURRENT_TILES = {
@@ -35,7 +35,7 @@ def verify(args: PoolOperands, spec: VerifySpec) -> tuple[jax.Array, ...]:
 
 def _recurrent(args: PoolOperands, constants: dict[str, Any]) -> tuple[jax.Array, ...]:
     outputs, absent = _update_outputs(constants, args.v, args.k, args.g)
-    *update, o = launch(
+    *update, o = launch_tiles(
         recurrent_kernels.verify,
         (*token_inputs(args), pool_end(args.state), *absent),
         (*outputs, *like(args.v)),
@@ -53,7 +53,7 @@ def _token_parallel(args: PoolOperands, constants: dict[str, Any]) -> tuple[jax.
     reads = jax.ShapeDtypeStruct((n, value_heads, 2 * t, args.k.shape[-1]), jnp.bfloat16)
     links_shape = jax.ShapeDtypeStruct((n, value_heads, 2, t, t), jnp.float32)
     outputs, absent = _update_outputs(constants, args.k, args.g)
-    *update_kg, reads_high, reads_low, links = launch(
+    *update_kg, reads_high, reads_low, links = launch_tiles(
         token_parallel_kernels.prepare,
         (q, k, g, beta, A_log, dt_bias, slots, pool_end(args.state), *absent),
         (*outputs, reads, reads, links_shape),
@@ -64,7 +64,7 @@ def _token_parallel(args: PoolOperands, constants: dict[str, Any]) -> tuple[jax.
         **constants,
     )
     outputs, absent = _update_outputs(constants, args.v)
-    *update_u, o = launch(
+    *update_u, o = launch_tiles(
         token_parallel_kernels.verify,
         (args.v, args.state, slots, reads_high, reads_low, links, pool_end(args.state), *absent),
         (*outputs, *like(args.v)),

@@ -54,7 +54,7 @@ def forward(args: ChunkOperands, spec: ChunkSpec) -> tuple[jax.Array, ...]:
     final, (states, u) = chunked.scan(step, _initial_state(args, v.dtype), (w, u, d.k_out, d.decay))
     o = chunked.to_tokens(matmul_t(d.q_in, states) + matmul(d.A_qk, u)).astype(args.v.dtype)
     final = final.astype(v.dtype if args.initial_state is None else args.initial_state.dtype)
-    return (o, final, jnp.moveaxis(states, 0, 1)) if spec.save_states else (o, final)
+    return (o, final) if spec.states_dtype is None else (o, final, jnp.moveaxis(states, 0, 1).astype(spec.states_dtype))
 
 
 def backward(args: ChunkBackwardOperands, spec: ChunkSpec) -> tuple[jax.Array, ...]:
@@ -72,7 +72,7 @@ def backward(args: ChunkBackwardOperands, spec: ChunkSpec) -> tuple[jax.Array, .
     tokens, pull_tokens = jax.vjp(lambda raw: prepare(args._replace(**raw), spec), raw)
     chunks = Tokens(*map(chunked.to_chunks, tokens))
     do = chunked.to_chunks(args.do.astype(tokens.v.dtype))
-    states = jnp.moveaxis(args.states, 1, 0)
+    states = jnp.moveaxis(args.states, 1, 0).astype(do.dtype)
     dstate, dchunks = chunked.scan(_backward_step, args.dstate.astype(do.dtype), (chunks, states, do), reverse=True)
     (draw,) = pull_tokens(Tokens(*map(chunked.to_tokens, dchunks)))
     outputs = tuple(draw[name] for name in raw)

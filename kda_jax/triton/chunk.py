@@ -1,0 +1,132 @@
+"""chunk on Triton: what each chunk needs on its own, then the state through the chunks of each sequence."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kda_jax._operands import ChunkOperands, ChunkSpec, num_chunks
+from kda_jax.kernels.triton import chunk_forward, chunk_prepare
+from kda_jax.triton.launch import launch, token_constants
+
+CHUNK = 64  # tokens
+
+
+class Tile(NamedTuple):
+    """``width`` of K (prepare) or rows of the state (forward) to a program of ``warps`` warps; chunks requested ahead."""
+
+    width: int
+    warps: int
+    stages: int = 1
+
+
+PREPARE = Tile(32, 4)
+FORWARD = Tile(64, 4, stages=2)
+
+
+class Chunks(NamedTuple):
+    """Where the chunks of B rows lie: NC a row, each of one sequence. The tables are there where sequences are packed."""
+
+    count: int
+    bounds: jax.Array | None  # [B, NC, 2] int32: first and last token (exclusive), equal where a chunk is left over
+    first: jax.Array | None  # [B, N + 1] int32: the first chunk of each sequence, and the number in use
+
+    @property
+    def packed(self) -> bool:
+        return self.bounds is not None
+
+
+def chunks_of(args: Any) -> Chunks:
+    tokens = args.v.shape[1]
+    if args.cu_seqlens is None:
+        return Chunks(num_chunks(tokens, CHUNK), None, None)
+    offsets = args.cu_seqlens
+    sequences = offsets.shape[1] - 1
+    count = num_chunks(tokens, CHUNK, sequences)
+    first = jnp.pad(jnp.cumsum(-(-jnp.diff(offsets) // CHUNK), axis=1), ((0, 0), (1, 0))).astype(jnp.int32)
+    chunk = jnp.arange(count, dtype=jnp.int32)
+    sequence = jnp.sum(first[:, None, 1:] <= chunk[None, :, None], axis=-1)
+    at = lambda x: jnp.take_along_axis(x, jnp.minimum(sequence, sequences - 1), axis=1)
+    begin = at(offsets[:, :-1]) + (chunk - at(first[:, :-1])) * CHUNK
+    end = jnp.minimum(begin + CHUNK, at(offsets[:, 1:]))
+    used = (sequence < sequences)[..., None]
+    return Chunks(count, jnp.where(used, jnp.stack([begin, end], axis=-1), 0), first)
+
+
+class Prepared(NamedTuple):
+    """What ``prepare`` leaves: a tile a chunk and value head; docs/mathematics.md names the quantities."""
+
+    k_in: jax.Array  # [B, NC, HV, C, K] float16
+    k_out: jax.Array  # as k_in
+    q_in: jax.Array  # as k_in
+    A_qk: jax.Array  # [B, NC, HV, C, C] float16
+    A_kk: jax.Array  # as A_qk; [1] where it is not wanted
+    solve: jax.Array  # as A_qk
+    rows: jax.Array  # [B, NC, HV, 3, C] float32: beta, what v is multiplied with, what o is multiplied with
+    decay: jax.Array  # [B, NC, HV, K] float32
+
+
+def prepare(args: Any, spec: ChunkSpec, chunks: Chunks, *, with_A_kk: bool) -> Prepared:
+    batch, tokens, value_heads, _ = args.v.shape
+    k_dim = args.k.shape[-1]
+    lead = batch, chunks.count, value_heads
+    half = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float16)
+    full = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    wide, square = half(*lead, CHUNK, k_dim), half(*lead, CHUNK, CHUNK)
+    constants = token_constants(args, spec)
+    del constants["V"], constants["SCALE"]
+    absent = lambda x: args.beta if x is None else x
+    return Prepared(
+        *launch(
+            chunk_prepare.prepare,
+            (args.q, args.k, args.g, args.beta, absent(args.A_log), absent(args.dt_bias), absent(chunks.bounds))
+            + (-tokens, -chunks.count),
+            (wide, wide, wide, square, square if with_A_kk else half(1), square, full(*lead, 3, CHUNK), full(*lead, k_dim)),
+            programs=batch * chunks.count * value_heads,
+            warps=PREPARE.warps,
+            fuse=True,
+            BK=PREPARE.width,
+            PACKED=chunks.packed,
+            WITH_A_KK=with_A_kk,
+            **constants,
+        )
+    )
+
+
+def forward(args: ChunkOperands, spec: ChunkSpec) -> tuple[jax.Array, ...]:
+    """o, the final states and, for the backward pass, the state at the start of every chunk."""
+    batch, tokens, value_heads, v_dim = args.v.shape
+    k_dim = args.k.shape[-1]
+    chunks = chunks_of(args)
+    sequences = 1 if args.cu_seqlens is None else args.cu_seqlens.shape[1] - 1
+    p = prepare(args, spec, chunks, with_A_kk=False)
+    absent = lambda x: p.decay if x is None else x
+    state = (value_heads, v_dim, k_dim)
+    initial_dtype = jnp.float32 if args.initial_state is None else args.initial_state.dtype
+    saved = (1,) if spec.states_dtype is None else (batch, chunks.count, *state)
+    outputs = launch(
+        chunk_forward.forward,
+        (args.v, p.k_in, p.k_out, p.q_in, p.A_qk, p.solve, p.rows, p.decay, absent(args.initial_state))
+        + (absent(args.cu_seqlens), absent(chunks.first), -sequences, -tokens, -chunks.count),
+        (
+            jax.ShapeDtypeStruct(args.v.shape, args.v.dtype),
+            jax.ShapeDtypeStruct((batch * sequences, *state), initial_dtype),
+            jax.ShapeDtypeStruct(saved, spec.states_dtype or "float32"),
+        ),
+        programs=batch * sequences * value_heads * (v_dim // FORWARD.width),
+        warps=FORWARD.warps,
+        fuse=True,
+        HV=value_heads,
+        K=k_dim,
+        V=v_dim,
+        BV=FORWARD.width,
+        PACKED=chunks.packed,
+        SCALE=spec.scale,
+        NORMED=spec.qk_l2norm,
+        HAS_INITIAL_STATE=args.initial_state is not None,
+        SAVE_STATES=spec.states_dtype is not None,
+        STAGES=FORWARD.stages,
+    )
+    return outputs[:2] if spec.states_dtype is None else outputs
