@@ -1,17 +1,18 @@
-"""What the benchmarks say without a GPU: the bytes they count, and the report of a few rows."""
+"""What the benchmarks say without a GPU: the bytes they count, chunk's programs, and the report of a few rows."""
 
 import json
 import pathlib
 import sys
 import types
 
+import jax
 import pytest
 
 # benchmarks is no part of the installation. Last, so that kda_jax is the installed one.
 sys.path.append(str(pathlib.Path(__file__).parents[1]))
 
-from benchmarks import gpu, record, report
-from benchmarks.cells import POOLS, Cell, accepted, cells
+from benchmarks import chunk_gpu, gpu, harness, record, report
+from benchmarks.cells import POOLS, VARIANTS, Cell, Sequences, accepted, cells, sequences
 
 
 def test_bytes():
@@ -33,6 +34,57 @@ def test_the_calls_of_a_program_exceed_the_cache(suite):
     assert len(set(chosen)) == len(chosen)
     assert all(cell.calls * cell.states >= 128e6 for cell in chosen if cell.dim == 128)
     assert {t // 2 for t in (2, 3, 4, 6)} == {accepted(t)["half"] for t in (2, 3, 4, 6)}
+
+
+@pytest.mark.parametrize("size", ["full", "quick", "tiny"])
+def test_packed_sequences_fill_their_row(size):
+    chosen = sequences(size)
+    assert len(set(chosen)) == len(chosen)
+    for cell in chosen:
+        assert cell.value_heads % cell.heads == 0
+        if cell.lengths:
+            assert cell.batch == 1
+            assert cell.offsets[-1] == cell.tokens
+
+
+def test_chunk_programs(monkeypatch):
+    monkeypatch.setattr(gpu, "ROUND_SECONDS", 0.0)
+    rows = chunk_gpu.run("tiny", "xla")
+    assert [(row["shape"], row["variant"]) for row in rows] == [(str(c), v) for c in sequences("tiny") for v in VARIANTS]
+    assert [row["compiled_alone"] for row in rows] == [True] * 2 + [False] * 2
+    for row in rows:
+        assert "error" not in row
+        assert row["us"] > 0
+        assert row["compile_s"] > 0
+    both, forward = rows[:2]
+    tokens, values = 2 * 40, 2 * 40 * 2 * 16
+    inputs = 2 * (2 * tokens * 16 + 2 * values + tokens * 2) + 4 * (2 + 2 * 16)
+    moved = 2 * inputs + 2 * 2 * values  # inputs and their gradients, o and its cotangent
+    assert both["peak_bytes"] - both["temp_bytes"] == pytest.approx(moved, abs=1000)  # and XLA's table of outputs
+    states = 4 * 2 * 2 * 16 * 16
+    assert forward["peak_bytes"] - forward["temp_bytes"] == pytest.approx(inputs + 2 * values + states, abs=1000)
+
+
+def test_chunk_gives_the_gradients_of_all_inputs():
+    program = chunk_gpu.Program(sequences("tiny")[1], "xla", VARIANTS[0])
+    arguments = chunk_gpu._arguments(program, chunk_gpu._draw)
+    o, gradients = jax.eval_shape(chunk_gpu.function(program), *arguments)
+    inputs, _, do = arguments
+    described = lambda tree: [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
+    assert described((o, gradients)) == described((do, inputs))
+    assert len(gradients) == 7
+
+
+def test_a_failure_is_a_row():
+    rows = chunk_gpu.run("tiny", "no such implementation")
+    assert len(rows) == 4
+    assert all("implementation" in row["error"] for row in rows)
+
+
+def test_the_platform_is_said_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "environment", lambda: {"platform": "cpu"})
+    assert harness.write("chunk-cpu", [], tmp_path).name == harness.write("chunk", [], tmp_path).name == "chunk-cpu.json"
+    assert harness.write("chunk-gpu", [], tmp_path).name == "chunk-gpu-cpu.json"
 
 
 def test_kernels_are_found_by_window():
@@ -70,12 +122,26 @@ def results(tmp_path):
             peers += [row | {"peer": "fla", "us": 2 * us}, row | {"peer": "fla", "variant": "x", "error": ["refused"]}]
     loop = [{"flags": "graphs", "n": n, "us": 11.0, "kernel_us": 10.0, "ratio": 1.1} for n in (1, 8)]
     bandwidth = {"read_modify_write": 4.0, "copy": 4.1}
+    ours["chunk"], theirs = _chunk_rows()
+    record.write("chunk-peers-gpu", said | {"bandwidth": bandwidth, "rows": theirs}, tmp_path)
     for name, rows in {**ours, "loop": loop}.items():
         record.write(f"{name}-gpu", said | {"rows": rows}, tmp_path)
     for suite in ("decode", "mtp"):
         theirs = [row for row in peers if (row["tokens"] == 1) == (suite == "decode")]
         record.write(f"{suite}-peers-gpu", said | {"bandwidth": bandwidth, "rows": theirs}, tmp_path)
     return tmp_path
+
+
+def _chunk_rows():
+    """Forward takes 100 us, and with backward 400; FLA twice that, xla twelve times, or it runs out of memory."""
+    ours, theirs = [], []
+    for cell in (Sequences(64, 64, 1, 8192), Sequences(16, 32, 2, 4096, gate="softplus")):
+        for variant, us in {"forward": 100.0, "forward + backward": 400.0}.items():
+            row = cell.row() | {"variant": variant, "peak_bytes": 2e9, "compile_s": 20.0, "compiled_alone": cell.batch == 1}
+            xla = {"us": 12 * us} if cell.batch == 1 else {"error": "XlaRuntimeError('RESOURCE_EXHAUSTED: ...')"}
+            ours += [row | {"implementation": "triton", "us": us}, row | {"implementation": "xla"} | xla]
+            theirs.append(cell.row() | {"variant": variant, "peer": "fla", "us": 2 * us, "peak_bytes": 3e9})
+    return ours, theirs
 
 
 def test_report(results, monkeypatch):
@@ -89,12 +155,20 @@ def test_report(results, monkeypatch):
     assert f"| decode: share of RMW bandwidth, N HV >= 4096, float32 | {share:.2f} |" in page
     assert "| loop / kernels, N >= 8, flags: graphs | 1.10 |" in page
     assert "100.0 (99.0; 3.00)" in page
+    first = "B=1 T=8192 H=64 HV=64 lower_bound"
+    assert f"| {first} | 100 | 2.00 | 12.00 | 400 | 2.00 | 12.00 | 2.00 | 3.00 | 20.00 |" in page
+    second = "B=2 T=4096 H=16 HV=32 softplus"
+    assert f"| {second} | 100 | 2.00 | out of memory | 400 | 2.00 | out of memory | 2.00 | 3.00 | 20.00 |" in page
+    assert f"| chunk, forward + backward, HV > H: FLA / ours | 2.00 | {second} | 2.00 | 1 |" in page
+    assert f"| chunk, forward: xla / ours | 12.00 | {first} | 12.00 | 1 |" in page
+    assert "| chunk, peak memory: FLA / ours | 1.50 |" in page
+    assert f"| chunk, first compilation of forward + backward, s | 20.00 | {first} | 20.00 | 1 |" in page
     assert (results / "gpu.png").stat().st_size > 0
 
 
 def test_report_of_a_part(results):
     """Each suite may be missing, and a row that failed has no time."""
-    for missing in ("decode-peers", "mtp", "loop", "mtp-peers", "decode"):
+    for missing in ("decode-peers", "mtp", "loop", "chunk-peers", "mtp-peers", "decode", "chunk"):
         (results / f"{missing}-gpu.json").unlink()
         records = {path.stem.removesuffix("-gpu"): json.loads(path.read_text()) for path in results.glob("*.json")}
         if records:

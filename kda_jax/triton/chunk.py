@@ -22,8 +22,8 @@ class Tile(NamedTuple):
     stages: int = 1
 
 
-PREPARE = Tile(32, 4)
-FORWARD = Tile(64, 4, stages=2)
+PREPARE = Tile(64, 4)
+FORWARD = Tile(64, 4, stages=3)
 
 
 class Chunks(NamedTuple):

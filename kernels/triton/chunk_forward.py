@@ -9,7 +9,7 @@ leaving the registers. Outputs are computed beside the chain, so no state is wri
 import triton
 import triton.language as tl
 
-from .chunk_tile import C, scaled, sequence_of
+from .chunk_tile import C, power_scale, sequence_of
 
 
 @triton.jit
@@ -25,43 +25,55 @@ def forward(v, k_in, k_out, q_in, A_qk, solve, rows, decay, initial_state, cu_se
     row, first, last, begin, end = sequence_of(head, tokens_end, chunks_end, cu_seqlens, first_chunks, sequences_end, HV,
                                                PACKED)  # fmt: skip
     offsets_v = (program % (V // BV)) * BV + tl.arange(0, BV)
-    offsets_k = tl.arange(0, K)
     t = tl.arange(0, C)
-    in_state = offsets_v[:, None] * K + offsets_k[None, :]
-    if HAS_INITIAL_STATE:
-        s = tl.load(initial_state + head.to(tl.int64) * V * K + in_state).to(tl.float32)
-    else:
-        s = tl.zeros([BV, K], tl.float32)
+    # K in parts of C: then all products have one shape, and their results one layout.
+    PARTS: tl.constexpr = K // C
+    in_state = head.to(tl.int64) * V * K + offsets_v[:, None] * K + t[None, :]
+    s = ()
+    for part in tl.static_range(PARTS):
+        if HAS_INITIAL_STATE:
+            s = s + (tl.load(initial_state + in_state + part * C).to(tl.float32),)
+        else:
+            s = s + (tl.zeros([BV, C], tl.float32),)
     for chunk in tl.range(first, last, num_stages=STAGES):
         tile = (row * -chunks_end + chunk) * HV + hv
-        place_k = tile * C * K + t[:, None] * K + offsets_k[None, :]
-        place_c = tile * C * C + t[:, None] * C + t[None, :]
+        place_k = (tile * C + t[:, None]) * K + t[None, :]
+        place_c = (tile * C + t[:, None]) * C + t[None, :]
         token = begin + (chunk - first) * C + t
-        valid = token < end
         place_v = ((row * -tokens_end + token) * HV + hv)[:, None] * V + offsets_v[None, :]
-        b_v = tl.load(v + place_v, mask=valid[:, None], other=0.0).to(tl.float32)
-        b_k_in = tl.load(k_in + place_k)
-        b_q_in = tl.load(q_in + place_k)
-        b_k_out = tl.load(k_out + place_k)
-        b_solve = tl.load(solve + place_c)
-        b_A_qk = tl.load(A_qk + place_c)
+        b_v = tl.trans(tl.load(v + place_v, mask=(token < end)[:, None], other=0.0)).to(tl.float32)
         b_beta = tl.load(rows + tile * 3 * C + t)
-        b_decay = tl.load(decay + tile * K + offsets_k)
-        if SAVE_STATES:
-            tl.store(states + tile * V * K + in_state, s.to(states.dtype.element_ty))
         if not NORMED:
-            b_v *= tl.load(rows + (tile * 3 + 1) * C + t)[:, None]
-        s_half, s_scale = scaled(s, 12)
-        u = (tl.trans(b_v) - tl.dot(s_half, tl.trans(b_k_in)) * s_scale[:, None]) * b_beta[None, :]
-        u_half, u_scale = scaled(u, 6)
-        u_half = tl.dot(u_half, tl.trans(b_solve)).to(tl.float16)
-        s = s * b_decay[None, :] + tl.dot(u_half, b_k_out) * u_scale[:, None]
-        b_o = tl.dot(s_half, tl.trans(b_q_in)) * s_scale[:, None] + tl.dot(u_half, tl.trans(b_A_qk)) * u_scale[:, None]
-        b_o *= SCALE
+            b_v *= tl.load(rows + (tile * 3 + 1) * C + t)[None, :]
+        largest = tl.abs(b_v)
+        for part in tl.static_range(PARTS):
+            if SAVE_STATES:
+                tl.store(states + (tile * V + offsets_v[:, None]) * K + t[None, :] + part * C,
+                         s[part].to(states.dtype.element_ty))  # fmt: skip
+            largest = tl.maximum(largest, tl.abs(s[part]))
+        up, down = power_scale(tl.max(largest, axis=1), 7)
+
+        u = b_v * up[:, None]
+        b_o = tl.zeros([BV, C], tl.float32)
+        reads = tl.zeros([BV, C], tl.float32)
+        for part in tl.static_range(PARTS):
+            half = (s[part] * up[:, None]).to(tl.float16)
+            reads = tl.dot(half, tl.trans(tl.load(k_in + place_k + part * C)), reads)
+            b_o = tl.dot(half, tl.trans(tl.load(q_in + place_k + part * C)), b_o)
+        u = ((u - reads) * b_beta[None, :]).to(tl.float16)
+        u = tl.dot(u, tl.trans(tl.load(solve + place_c))).to(tl.float16)
+        after = ()
+        for part in tl.static_range(PARTS):
+            gain = tl.dot(u, tl.load(k_out + place_k + part * C))
+            b_decay = tl.load(decay + tile * K + part * C + t)
+            after = after + (s[part] * b_decay[None, :] + gain * down[:, None],)
+        s = after
+        b_o = tl.dot(u, tl.trans(tl.load(A_qk + place_c)), b_o) * (down * SCALE)[:, None]
         if not NORMED:
             b_o *= tl.load(rows + (tile * 3 + 2) * C + t)[None, :]
-        tl.store(o + place_v, tl.trans(b_o).to(o.dtype.element_ty), mask=valid[:, None])
-    tl.store(final_state + head.to(tl.int64) * V * K + in_state, s.to(final_state.dtype.element_ty))
+        tl.store(o + place_v, tl.trans(b_o.to(o.dtype.element_ty)), mask=(token < end)[:, None])
+    for part in tl.static_range(PARTS):
+        tl.store(final_state + in_state + part * C, s[part].to(final_state.dtype.element_ty))
     if PACKED:
         if head // HV % -sequences_end == -sequences_end - 1:  # tokens behind the row's last sequence
             for token in tl.range(end, -tokens_end, C):

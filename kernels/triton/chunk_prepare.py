@@ -12,7 +12,7 @@ matrices of zeros and ones. The inverse of I + beta A_kk is built up over the sa
 import triton
 import triton.language as tl
 
-from .chunk_tile import C, chunk_of, crosses, halves, load_log_decay, sums, until
+from .chunk_tile import C, block_diagonal, blocks, chunk_of, crosses, halves, load_log_decay, sums, unblocked, until
 
 
 @triton.jit
@@ -45,42 +45,71 @@ def prepare(q, k, g, beta, A_log, dt_bias, bounds, tokens_end, chunks_end,
             b = tl.where(valid, BETA_RANGE * tl.sigmoid(b), 0.0)
         b *= k_size * k_size
 
+        small_t = tl.arange(0, 16)[None, :, None]
+        small_i = tl.arange(0, 16)[None, None, :]
         products_q = tl.zeros([C, C], tl.float32)
         products_k = tl.zeros([C, C], tl.float32)
+        small_q = tl.zeros([4, 16, 16], tl.float32)
+        small_k = tl.zeros([4, 16, 16], tl.float32)
         tile = program.to(tl.int64) * C
         for part in tl.range(K // BK):
             offsets_k = part * BK + tl.arange(0, BK)[None, :]
             b_q = tl.load(q + head_qk + offsets_k, mask=valid[:, None], other=0.0).to(tl.float32) * q_factor[:, None]
             b_k = tl.load(k + head_qk + offsets_k, mask=valid[:, None], other=0.0).to(tl.float32) * k_factor[:, None]
+            b_q, b_k = blocks(b_q.to(tl.float16)), blocks(b_k.to(tl.float16))
             b_g = load_log_decay(g, (token * HV + hv)[:, None] * K + offsets_k, valid[:, None], row, hv, offsets_k, A_log,
                                  dt_bias, GATE, HAS_BIAS, A_LOG_STRIDE, DT_BIAS_STRIDE, LOWER_BOUND, SOFTPLUS_LINEAR_ABOVE,
                                  K)  # fmt: skip
-            high, low = halves(b_g)
-            products_q += tl.where(t[:, None] == i, tl.sum(b_q * b_k, axis=1)[:, None], 0.0)
-            for log_level in tl.range(6):
-                e = tl.exp2(sums(high, low, until(1 << log_level)))
-                e_k = (b_k * e).to(tl.float16)
-                e_q = (b_q * e).to(tl.float16)
-                columns = tl.trans(e_k)
-                pairs = crosses(1 << log_level)
-                products_k += tl.where(pairs, tl.dot(e_k, columns), 0.0)
-                products_q += tl.where(pairs, tl.dot(e_q, columns), 0.0)
-            place = (tile + t[:, None]) * K + offsets_k
-            e = tl.exp2(sums(high, low, t[:, None] >= i))
-            tl.store(k_in + place, (b_k * e).to(tl.float16))
-            tl.store(q_in + place, (b_q * e).to(tl.float16))
-            tl.store(k_out + place, (b_k * tl.exp2(sums(high, low, until(64)))).to(tl.float16))
             tl.store(decay + program.to(tl.int64) * K + offsets_k, tl.exp2(tl.sum(b_g, axis=0))[None, :])
+            high, low = halves(b_g)
 
+            small_high, small_low = blocks(high), blocks(low)
+            dots = tl.sum(b_q.to(tl.float32) * b_k.to(tl.float32), axis=2)
+            small_q += tl.where(small_t == small_i, dots[:, :, None], 0.0)
+            for level in tl.static_range(4):
+                small_picks = tl.broadcast_to(until(small_t, small_i, level).to(tl.float16), [4, 16, 16])
+                small_e = tl.exp2(sums(small_high, small_low, small_picks))
+                rows_q, rows_k = times(b_q, small_e), times(b_k, small_e)
+                small_pairs = crosses(small_t, small_i, level)
+                small_q += tl.where(small_pairs, tl.dot(rows_q, tl.permute(rows_k, (0, 2, 1))), 0.0)
+                small_k += tl.where(small_pairs, tl.dot(rows_k, tl.permute(rows_k, (0, 2, 1))), 0.0)
+            for large_level in tl.range(4, 6):
+                e = decay_of(high, low, until(t[:, None], i, large_level))
+                all_q, all_k = unblocked(times(b_q, e)), unblocked(times(b_k, e))
+                pairs = crosses(t[:, None], i, large_level)
+                products_q += tl.where(pairs, tl.dot(all_q, tl.trans(all_k)), 0.0)
+                products_k += tl.where(pairs, tl.dot(all_k, tl.trans(all_k)), 0.0)
+
+            place = (tile + t[:, None]) * K + offsets_k
+            e = decay_of(high, low, t[:, None] >= i)
+            tl.store(k_in + place, unblocked(times(b_k, e)))
+            tl.store(q_in + place, unblocked(times(b_q, e)))
+            e = decay_of(high, low, until(t[:, None], i, 6))
+            tl.store(k_out + place, unblocked(times(b_k, e)))
+
+        products_q += block_diagonal(small_q)
+        inverse = unit_lower_inverse(blocks(b[:, None]) * small_k, b[:, None] * products_k)
+        products_k += block_diagonal(small_k)
         place = (tile + t[:, None]) * C + i
         tl.store(A_qk + place, products_q.to(tl.float16))
         if WITH_A_KK:
             tl.store(A_kk + place, products_k.to(tl.float16))
-        tl.store(solve + place, unit_lower_inverse(b[:, None] * products_k).to(tl.float16))
+        tl.store(solve + place, inverse.to(tl.float16))
         place = 3 * tile + t
         tl.store(rows + place, b)
         tl.store(rows + place + C, 1 / k_size)
         tl.store(rows + place + 2 * C, q_size)
+
+
+@triton.jit
+def decay_of(high, low, picks):
+    """The decay [4, 16, BK] over the tokens that ``picks`` [C, C] names."""
+    return blocks(tl.exp2(sums(high, low, picks.to(tl.float16))))
+
+
+@triton.jit
+def times(x, e):
+    return (x.to(tl.float32) * e).to(tl.float16)
 
 
 @triton.jit
@@ -99,13 +128,25 @@ def factor(x, L2NORM_EPS: tl.constexpr):
 
 
 @triton.jit
-def unit_lower_inverse(a):
-    """(I + a)^-1 [C, C] of a strictly lower triangular a; blocks double: [[P, 0], [X, Q]] has -Q^-1 X P^-1 in its inverse."""
+def unit_lower_inverse(small, large):
+    """(I + a)^-1 [C, C] of a strictly lower triangular a, given its blocks of 16 tokens on the diagonal [4, 16, 16] and the rest.
+
+    Blocks double: [[P, 0], [X, Q]] has -Q^-1 X P^-1 in its inverse.
+    """
+    t = tl.arange(0, 16)[None, :, None]
+    i = tl.arange(0, 16)[None, None, :]
+    inverse = tl.where(t == i, 1.0, tl.where(crosses(t, i, 0), -small, 0.0))
+    for level in tl.static_range(1, 4):
+        inverse = doubled(inverse, tl.where(crosses(t, i, level), small, 0.0))
+    inverse = block_diagonal(inverse)
     t = tl.arange(0, C)[:, None]
     i = tl.arange(0, C)[None, :]
-    inverse = tl.where(t == i, 1.0, tl.where(crosses(1), -a, 0.0))
-    for log_level in tl.range(1, 6):
-        cross = tl.where(crosses(1 << log_level), a, 0.0).to(tl.float16)
-        half = inverse.to(tl.float16)
-        inverse -= tl.dot(tl.dot(half, cross).to(tl.float16), half)
+    for level in tl.range(4, 6):
+        inverse = doubled(inverse, tl.where(crosses(t, i, level), large, 0.0))
     return inverse
+
+
+@triton.jit
+def doubled(inverse, cross):
+    half = inverse.to(tl.float16)
+    return inverse - tl.dot(tl.dot(half, cross.to(tl.float16)).to(tl.float16), half)

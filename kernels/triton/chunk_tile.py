@@ -61,38 +61,56 @@ def halves(x):
 
 @triton.jit
 def sums(high, low, picks):
-    """The sums [C, BK] of the rows of high + low [C, BK] that ``picks`` [C, C] names."""
-    picks = picks.to(tl.float16)
+    """The sums [.., R, BK] of the rows of high + low [.., R, BK] that ``picks`` [.., R, R], zeros and ones, names."""
     return tl.dot(picks, low, tl.dot(picks, high))
 
 
 @triton.jit
-def until(LEVEL):
-    """[C, C]: from each token to the middle of its block of 2 LEVEL tokens; to the chunk's end where LEVEL is C.
+def until(t, j, LOG_LEVEL):
+    """Whether token j is between token t and the middle of t's block of 2^(LOG_LEVEL + 1) tokens.
 
-    In the upper half these are the tokens from the middle up to and with itself, in the lower half those behind it up to the
+    In the upper half these are the tokens from the middle up to and with t, in the lower half those behind it up to the
     middle. For a pair of an upper and a lower token the two sums are the log decay between them, in two parts that are
     both sums of numbers <= 0: no exponent is positive, nothing large is subtracted.
     """
-    t = tl.arange(0, C)[:, None]
-    j = tl.arange(0, C)[None, :]
-    middle = t // (2 * LEVEL) * (2 * LEVEL) + LEVEL
-    return tl.where(t >= middle, (j >= middle) & (j <= t), (j > t) & (j < middle))
+    half = t >> LOG_LEVEL
+    upper = half % 2 == 1
+    first = tl.where(upper, half << LOG_LEVEL, t + 1)
+    last = tl.where(upper, t, ((half + 1) << LOG_LEVEL) - 1)
+    return (j >= first) & (j <= last)
 
 
 @triton.jit
-def crosses(LEVEL):
-    """[C, C]: the pairs of an upper and a lower token of one block of 2 LEVEL tokens."""
+def crosses(t, i, LOG_LEVEL):
+    """Whether t and i are an upper and a lower token of one block of 2^(LOG_LEVEL + 1) tokens."""
+    half = t >> LOG_LEVEL
+    return tl.where(half % 2 == 1, half - 1, -1) == (i >> LOG_LEVEL)
+
+
+@triton.jit
+def blocks(x):
+    """[C, D] as [4, 16, D]: a warp's 16 rows a block, whose products need no other warp."""
+    return tl.reshape(x, [4, 16, x.shape[1]])
+
+
+@triton.jit
+def unblocked(x):
+    return tl.reshape(x, [C, x.shape[2]])
+
+
+@triton.jit
+def block_diagonal(x):
+    """[4, 16, 16] as the blocks on the diagonal of [C, C]."""
     t = tl.arange(0, C)[:, None]
     i = tl.arange(0, C)[None, :]
-    return (t // (2 * LEVEL) == i // (2 * LEVEL)) & (t // LEVEL > i // LEVEL)
+    rows = tl.broadcast_to(tl.reshape(x, [C, 1, 16]), [C, 4, 16])
+    return tl.where(t // 16 == i // 16, tl.reshape(rows, [C, C]), 0.0)
 
 
 @triton.jit
-def scaled(x, EXPONENT: tl.constexpr):
-    """x [R, *] in float16, each row times the power of two that takes its largest to 2^EXPONENT, and what undoes it [R]."""
-    power = tl.max(tl.abs(x), axis=1).to(tl.int32, bitcast=True) & 0x7F800000
-    power = tl.maximum(power, 0x1F800000)
+def power_scale(largest, EXPONENT: tl.constexpr):
+    """The power of two that takes ``largest`` to 2^EXPONENT or up to twice that, and what undoes it."""
+    power = tl.maximum(largest.to(tl.int32, bitcast=True) & 0x7F800000, 0x1F800000)
     up = (0x7F000000 - power + (EXPONENT << 23)).to(tl.float32, bitcast=True)
-    down = (power - (EXPONENT << 23)).to(tl.float32, bitcast=True)
-    return (x * up[:, None]).to(tl.float16), down
+    return up, (power - (EXPONENT << 23)).to(tl.float32, bitcast=True)
+
