@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kda_jax._operands import ChunkOperands, ChunkSpec, num_chunks
-from kda_jax.kernels.triton import chunk_forward, chunk_prepare
+from kda_jax._operands import ChunkBackwardOperands, ChunkOperands, ChunkSpec, num_chunks
+from kda_jax.kernels.triton import chunk_backward, chunk_forward, chunk_gradients, chunk_prepare
 from kda_jax.triton.launch import launch, token_constants
 
 CHUNK = 64  # tokens
@@ -24,12 +24,14 @@ class Tile(NamedTuple):
 
 PREPARE = Tile(64, 4)
 FORWARD = Tile(64, 4, stages=3)
+BACKWARD = Tile(64, 4, stages=3)
+GRADIENTS = Tile(64, 8)
 
 
 class Chunks(NamedTuple):
     """Where the chunks of B rows lie: NC a row, each of one sequence. The tables are there where sequences are packed."""
 
-    count: int
+    number: int
     bounds: jax.Array | None  # [B, NC, 2] int32: first and last token (exclusive), equal where a chunk is left over
     first: jax.Array | None  # [B, N + 1] int32: the first chunk of each sequence, and the number in use
 
@@ -71,7 +73,7 @@ class Prepared(NamedTuple):
 def prepare(args: Any, spec: ChunkSpec, chunks: Chunks, *, with_A_kk: bool) -> Prepared:
     batch, tokens, value_heads, _ = args.v.shape
     k_dim = args.k.shape[-1]
-    lead = batch, chunks.count, value_heads
+    lead = batch, chunks.number, value_heads
     half = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float16)
     full = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     wide, square = half(*lead, CHUNK, k_dim), half(*lead, CHUNK, CHUNK)
@@ -82,9 +84,9 @@ def prepare(args: Any, spec: ChunkSpec, chunks: Chunks, *, with_A_kk: bool) -> P
         *launch(
             chunk_prepare.prepare,
             (args.q, args.k, args.g, args.beta, absent(args.A_log), absent(args.dt_bias), absent(chunks.bounds))
-            + (-tokens, -chunks.count),
+            + (-tokens, -chunks.number),
             (wide, wide, wide, square, square if with_A_kk else half(1), square, full(*lead, 3, CHUNK), full(*lead, k_dim)),
-            programs=batch * chunks.count * value_heads,
+            programs=batch * chunks.number * value_heads,
             warps=PREPARE.warps,
             fuse=True,
             BK=PREPARE.width,
@@ -105,11 +107,11 @@ def forward(args: ChunkOperands, spec: ChunkSpec) -> tuple[jax.Array, ...]:
     absent = lambda x: p.decay if x is None else x
     state = (value_heads, v_dim, k_dim)
     initial_dtype = jnp.float32 if args.initial_state is None else args.initial_state.dtype
-    saved = (1,) if spec.states_dtype is None else (batch, chunks.count, *state)
+    saved = (1,) if spec.states_dtype is None else (batch, chunks.number, *state)
     outputs = launch(
         chunk_forward.forward,
         (args.v, p.k_in, p.k_out, p.q_in, p.A_qk, p.solve, p.rows, p.decay, absent(args.initial_state))
-        + (absent(args.cu_seqlens), absent(chunks.first), -sequences, -tokens, -chunks.count),
+        + (absent(args.cu_seqlens), absent(chunks.first), -sequences, -tokens, -chunks.number),
         (
             jax.ShapeDtypeStruct(args.v.shape, args.v.dtype),
             jax.ShapeDtypeStruct((batch * sequences, *state), initial_dtype),
@@ -130,3 +132,61 @@ def forward(args: ChunkOperands, spec: ChunkSpec) -> tuple[jax.Array, ...]:
         STAGES=FORWARD.stages,
     )
     return outputs[:2] if spec.states_dtype is None else outputs
+
+
+def backward(args: ChunkBackwardOperands, spec: ChunkSpec) -> tuple[jax.Array, ...]:
+    """The gradients of q, k, v, g, beta and, where given, A_log [B, HV], dt_bias [B, HV, K] and initial_state."""
+    batch, tokens, value_heads, v_dim = args.v.shape
+    heads, k_dim = args.k.shape[2:]
+    chunks = chunks_of(args)
+    sequences = 1 if args.cu_seqlens is None else args.cu_seqlens.shape[1] - 1
+    p = prepare(args, spec, chunks, with_A_kk=True)
+    absent = lambda x: p.decay if x is None else x
+    array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
+    lead = batch, chunks.number, value_heads
+    initial = (1,) if args.initial_state is None else args.initial_state.shape
+    dsolved, dstates, dinitial_state = launch(
+        chunk_backward.backward,
+        (args.do, p.k_in, p.k_out, p.q_in, p.A_qk, p.solve, p.rows, p.decay, args.dstate, absent(args.cu_seqlens))
+        + (absent(chunks.first), -sequences, -tokens, -chunks.number),
+        (
+            array(jnp.bfloat16, *lead, CHUNK, v_dim),
+            array(args.states.dtype, *args.states.shape),
+            array(jnp.float32 if args.initial_state is None else args.initial_state.dtype, *initial),
+        ),
+        programs=batch * sequences * value_heads * (v_dim // BACKWARD.width),
+        warps=BACKWARD.warps,
+        fuse=True,
+        HV=value_heads,
+        K=k_dim,
+        V=v_dim,
+        BV=BACKWARD.width,
+        PACKED=chunks.packed,
+        SCALE=spec.scale,
+        NORMED=spec.qk_l2norm,
+        HAS_INITIAL_STATE=args.initial_state is not None,
+        STAGES=BACKWARD.stages,
+    )
+    *grads, dA_log, ddt_bias = launch(
+        chunk_gradients.gradients,
+        (*args[:5], absent(args.A_log), absent(args.dt_bias), absent(args.cu_seqlens), absent(chunks.bounds))
+        + (args.do, args.states, dstates, dsolved, p.k_in, p.A_kk, p.solve, p.rows, p.decay)
+        + (-sequences, -tokens, -chunks.number),
+        (
+            *(array(x.dtype, *x.shape) for x in args[:5]),
+            array(jnp.float32, *(lead if args.A_log is not None else (1,))),
+            array(jnp.float32, *((*lead, k_dim) if args.dt_bias is not None else (1,))),
+        ),
+        programs=batch * chunks.number * heads,
+        warps=GRADIENTS.warps,
+        fuse=True,
+        PACKED=chunks.packed,
+        **token_constants(args, spec),
+    )
+    if args.A_log is not None:
+        grads.append(jnp.sum(dA_log, axis=1).astype(args.A_log.dtype))
+    if args.dt_bias is not None:
+        grads.append(jnp.sum(ddt_bias, axis=1).astype(args.dt_bias.dtype))
+    if args.initial_state is not None:
+        grads.append(dinitial_state)
+    return tuple(grads)
