@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from typing import Any
 
@@ -11,6 +12,7 @@ TOKENS = (2, 3, 4, 6)
 HEADS = ((32, 32), (64, 64), (16, 32))
 POOLS = {"float32": 4, "bfloat16": 2}
 LOWER_BOUND = -5.0
+GATES = ("lower_bound", "softplus")  # of chunk; the other suites have the first
 
 # A timed program makes so many calls, on slots of their own, that their states exceed the L2 cache (60 MB) several
 # times, as the layers of a model do; more calls than the most would cost more in compilation than they tell.
@@ -82,3 +84,50 @@ def cells(suite: str, size: str) -> list[Cell]:
     grid = [Cell(128, *heads, pool, n, t) for heads in HEADS for pool in POOLS for n in BATCHES for t in tokens]
     # K = V = 64 is there to be seen, not mapped.
     return grid + [Cell(64, 32, 32, pool, n, t) for pool in POOLS for n in (1, 8, 64, 256) for t in tokens[::2]]
+
+
+VARIANTS = ("forward + backward", "forward")  # of chunk; the first is compiled first
+
+
+@dataclasses.dataclass(frozen=True)
+class Sequences:
+    """One shape of chunk: B rows of T tokens, or one row in which sequences of ``lengths`` lie packed; K = V = ``dim``."""
+
+    heads: int
+    value_heads: int
+    batch: int
+    tokens: int
+    lengths: tuple[int, ...] = ()
+    gate: str = GATES[0]
+    dim: int = 128
+
+    def __str__(self) -> str:
+        alike = len(self.lengths) > 1 and len(set(self.lengths)) == 1
+        lengths = f"{len(self.lengths)} x {self.lengths[0]}" if alike else " + ".join(map(str, self.lengths))
+        shape = f"B={self.batch} T={self.tokens} H={self.heads} HV={self.value_heads} {self.gate}"
+        return f"{shape}, packed {lengths}" if lengths else shape
+
+    @property
+    def offsets(self) -> list[int]:
+        return list(itertools.accumulate(self.lengths, initial=0))
+
+    def row(self) -> dict[str, Any]:
+        """What identifies the cell in a result."""
+        return dataclasses.asdict(self)
+
+
+def sequences(size: str) -> list[Sequences]:
+    """The cells of "chunk-gpu", sizes as in :func:`cells`."""
+    if size == "tiny":
+        return [Sequences(1, 2, 2, 40, gate=GATES[0], dim=16), Sequences(1, 2, 1, 40, (0, 17, 23), GATES[1], 16)]
+    mixed = (1300, 547, 2048, 963, 271, 3063)
+    if size == "quick":
+        return [
+            Sequences(64, 64, 1, 8192),
+            Sequences(16, 32, 2, 4096, gate="softplus"),
+            Sequences(64, 64, 1, 8192, mixed),
+        ]
+    shapes: list[tuple[Any, ...]] = [(heads, heads, 1, 8192) for heads in (32, 64, 96)]
+    shapes += [(32, 32, 8, 2048), (16, 32, 2, 4096), (16, 64, 2, 4096)]
+    shapes += [(64, 64, 1, 8192, lengths) for lengths in ((1024,) * 8, mixed)]
+    return [dataclasses.replace(Sequences(*shape), gate=gate) for shape in shapes for gate in GATES]

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -76,13 +76,17 @@ class Executable(NamedTuple):
     temp_bytes: int  # a copied pool would show here
 
 
-def compiled(programs: Sequence[Program]) -> list[Executable | Exception]:
+P = TypeVar("P")
+E = TypeVar("E")
+
+
+def compiled(programs: Sequence[P], compile_one: Callable[[P], E | Exception]) -> list[E | Exception]:
     """All programs, several at a time; one that fails is in the list as what it raised."""
     with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        first = list(pool.map(_compiled, programs))
+        first = list(pool.map(compile_one, programs))
     # Once more, alone, for compilers that mind company.
     return [
-        _compiled(program) if isinstance(done, Exception) else done for program, done in zip(programs, first, strict=True)
+        compile_one(program) if isinstance(done, Exception) else done for program, done in zip(programs, first, strict=True)
     ]
 
 
@@ -118,8 +122,8 @@ def start(executable: Executable, *last: Any) -> tuple[jax.Array, Callable[[jax.
     return pool, step
 
 
-def microseconds(carry: Any, step: Callable[[Any], Any]) -> float:
-    """The time of one ``step``, the median of rounds of runs that are queued without waiting for each other."""
+def microseconds(carry: Any, step: Callable[[Any], Any], least: int = 3) -> float:
+    """The time of one ``step``, the median of rounds of ``least`` or more runs, queued without waiting for each other."""
 
     def seconds(runs: int) -> float:
         nonlocal carry
@@ -129,8 +133,8 @@ def microseconds(carry: Any, step: Callable[[Any], Any]) -> float:
         jax.block_until_ready(carry)
         return (time.perf_counter() - began) / runs
 
-    seconds(3)  # loads the kernels and records the graphs
-    runs = max(3, math.ceil(ROUND_SECONDS / seconds(2)))
+    seconds(least)  # loads the kernels and records the graphs
+    runs = max(least, math.ceil(ROUND_SECONDS / seconds(least)))
     return float(np.median([seconds(runs) for _ in range(ROUNDS)])) * 1e6
 
 
@@ -201,7 +205,7 @@ def time_all(programs: Sequence[Program], variants: Callable[[Cell], dict[str, t
     """Rows of every program: for each of the cell's ``variants`` (its name and its last inputs) the time of one call."""
     rows: list[dict[str, Any]] = []
     timed: list[tuple[dict[str, Any], Start]] = []
-    for program, executable in zip(programs, compiled(programs), strict=True):
+    for program, executable in zip(programs, compiled(programs, _compiled), strict=True):
         cell = program.cell
         for name, last in variants(cell).items():
             row: dict[str, Any] = cell.row() | {"variant": name, "calls": cell.calls}

@@ -44,9 +44,10 @@ def environment() -> dict[str, Any]:
 
 
 def write(suite: str, rows: list[dict[str, Any]], folder: pathlib.Path, said: dict[str, Any] | None = None) -> pathlib.Path:
-    """Writes ``SUITE-PLATFORM.json``, with what else there is to say of the run, and says where."""
+    """Writes ``SUITE-PLATFORM.json``, the platform said once, with what else there is to say of the run, and says where."""
     about = environment() | (said or {})
-    return record.write(f"{suite}-{about['platform']}", about | {"rows": rows}, folder)
+    name = suite if suite.endswith(f"-{about['platform']}") else f"{suite}-{about['platform']}"
+    return record.write(name, about | {"rows": rows}, folder)
 
 
 def _cpu_name() -> str:

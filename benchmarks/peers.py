@@ -2,7 +2,7 @@
 
 PyTorch only, in a process of its own: FLA finds no GPU in one that imported jax_triton. The peers are looked for on
 PYTHONPATH; what is missing is said and left out. Every shape is a CUDA graph of as many calls, on slots of one pool in the
-same rotation, as the JAX program it is compared with (benchmarks.cells).
+same rotation, as the JAX program it is compared with (benchmarks.cells). For chunk see benchmarks.peers_chunk.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ try:
     import torch
     import triton
     import triton.language as tl
+
+    from benchmarks import events, peers_chunk
 except ImportError as error:
     raise SystemExit(f"benchmarks.peers needs PyTorch and Triton: {error}") from error
 
-ROUNDS, ROUND_MS = 5, 10.0
 SCRATCH_BYTES = 60e9
 Replay = Callable[[], None]
 
@@ -46,7 +47,9 @@ def main() -> None:
         print(bandwidth, {"sglang against fla, relative error of o": agreement})
         for suite in args.suites:
             rows = SUITES[suite](args.cells, sglang, fla)
-            stamp = record.stamp(("torch", "triton", "flash-linear-attention", "fla-core", "sglang"))
+            # FLA would use FlashKDA and TileLang where they are installed.
+            distributions = "torch", "triton", "flash-linear-attention", "fla-core", "flash-kda", "tilelang", "sglang"
+            stamp = record.stamp(distributions)
             if version := os.environ.get("KDA_SGLANG_VERSION"):  # its kernel may come as a file, which says no version
                 stamp["versions"].setdefault("sglang", version)
             said = {"device": torch.cuda.get_device_name(), "platform": "gpu"} | stamp
@@ -72,7 +75,11 @@ def _mtp_rows(size: str, sglang: Any, fla: Any) -> list[dict[str, Any]]:
     return rows
 
 
-SUITES = {"decode": _decode_rows, "mtp": _mtp_rows}
+def _chunk_rows(size: str, sglang: Any, fla: Any) -> list[dict[str, Any]]:
+    return peers_chunk.rows(size) if fla else []
+
+
+SUITES = {"decode": _decode_rows, "mtp": _mtp_rows, "chunk": _chunk_rows}
 
 
 def _sglang() -> Callable[..., torch.Tensor] | None:
@@ -98,27 +105,10 @@ def _find(module: str, name: str) -> Any:
 def _row(cell: Cell, peer: str, variant: str, replay: Callable[[], Replay]) -> list[dict[str, Any]]:
     row = cell.row() | {"peer": peer, "variant": variant, "calls": cell.calls}
     try:
-        return [row | {"us": _microseconds(replay()) / cell.calls}]
+        return [row | {"us": events.microseconds(replay()) / cell.calls}]
     except Exception as error:  # a peer that refuses a shape is no reason to lose the others
         print(f"{peer} {cell}: {error}", file=sys.stderr)
         return [row | {"error": repr(error)[:300]}]
-
-
-def _microseconds(replay: Replay) -> float:
-    """The time of one replay, the median of rounds of back-to-back replays between two events."""
-
-    def ms(replays: int) -> float:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        for _ in range(replays):
-            replay()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / replays
-
-    ms(2)
-    replays = max(2, int(ROUND_MS / ms(2)) + 1)
-    return sorted(ms(replays) for _ in range(ROUNDS))[ROUNDS // 2] * 1e3
 
 
 def _graph(*phases: Sequence[Callable[[], Any]]) -> Replay:
@@ -239,7 +229,9 @@ def _bandwidth() -> dict[str, float]:
     """TB/s of the card, bytes read plus bytes written: an in-place product, and a copy, of 4 GiB; the best of several."""
     x, y = (torch.randn(1 << 30, device="cuda") for _ in range(2))
     calls = {"read_modify_write": lambda: x.mul_(0.999), "copy": lambda: y.copy_(x)}
-    return {name: 2 * x.nbytes / min(_microseconds(_graph([call])) for _ in range(3)) / 1e6 for name, call in calls.items()}
+    return {
+        name: 2 * x.nbytes / min(events.microseconds(_graph([call])) for _ in range(3)) / 1e6 for name, call in calls.items()
+    }
 
 
 if __name__ == "__main__":

@@ -8,12 +8,13 @@ import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from benchmarks import record
+from benchmarks import record, report_chunk
 from benchmarks.cells import HEADS, POOLS, Cell
 
 Rows = dict[tuple[Cell, str], dict[str, Any]]
 FULL_CARD = 4096  # rows times value heads from which on the card is full, and bandwidth is what counts
-PEER_SUITES = ("decode-peers", "mtp-peers")
+PEER_SUITES = ("decode-peers", "mtp-peers", "chunk-peers")
+SUITES = ("decode", "mtp", "loop", "chunk", *PEER_SUITES)
 PEERS = {"sglang": "SGLang", "fla": "FLA"}
 
 
@@ -21,10 +22,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("folder", type=pathlib.Path, nargs="?", default=record.RESULTS)
     folder = parser.parse_args().folder
-    named = ((name, folder / f"{name}-gpu.json") for name in ("decode", "mtp", "loop", *PEER_SUITES))
+    named = ((name, folder / f"{name}-gpu.json") for name in SUITES)
     records = {name: json.loads(path.read_text()) for name, path in named if path.exists()}
     if not records:
-        raise SystemExit(f"no *-gpu.json in {folder}; python -m benchmarks decode mtp loop writes them on a GPU")
+        raise SystemExit(f"no *-gpu.json in {folder}; python -m benchmarks chunk-gpu decode mtp loop writes them")
     (folder / "gpu.md").write_text(markdown(records))
     plot(records, folder / "gpu.png")
     print(f"wrote {folder / 'gpu.md'} and gpu.png")
@@ -40,16 +41,12 @@ def markdown(records: dict[str, dict[str, Any]]) -> str:
             "- bandwidth measured: " + ", ".join(f"{k.replace('_', '-')} {v:.2f} TB/s" for k, v in bandwidth.items())
         )
     sections.append(f"\n{_NOTES}\n\n## Targets\n\n{_targets(ours, peers, bandwidth, records)}")
+    sections += report_chunk.section(records)
     sections += _decode_tables(ours, peers, bandwidth)
     sections += _chain_tables(ours, peers)
     if "loop" in records:
-        columns = {
-            "flags": "XLA flags",
-            "n": "N",
-            "us": "us a step",
-            "kernel_us": "kernels, us a step",
-            "ratio": "loop / kernels",
-        }
+        columns = {"flags": "XLA flags", "n": "N", "us": "us a step", "kernel_us": "kernels, us a step"}
+        columns |= {"ratio": "loop / kernels"}
         sections.append(
             "\n## Decode loop, 64 steps of 16 layers, H=HV=32, K=V=128\n\n" + _table(records["loop"]["rows"], columns)
         )
@@ -68,7 +65,7 @@ def _ours(records: dict[str, dict[str, Any]]) -> Rows:
 
 
 def _peers(records: dict[str, dict[str, Any]]) -> dict[str, Rows]:
-    found = [records[suite]["rows"] for suite in PEER_SUITES if suite in records]
+    found = [records[suite]["rows"] for suite in ("decode-peers", "mtp-peers") if suite in records]
     rows = [row for suite in found for row in suite if "us" in row]
     return {peer: {(_cell(row), row["variant"]): row for row in rows if row["peer"] == peer} for peer in PEERS}
 
@@ -177,7 +174,8 @@ def _targets(ours: Rows, peers: dict[str, Rows], bandwidth: dict[str, float], re
                 add(f"{variant}: share of RMW bandwidth, N HV >= {FULL_CARD}, float32", _rmw(mine, bandwidth), where)
             else:
                 add(f"{variant}: float32 / bfloat16 pool, N HV >= {FULL_CARD}", _other_pool(ours, cell, variant), where)
-    rows = [_worst(what, values, min) for what, values in found.items()]
+    rows = [_worst(*target) for target in report_chunk.targets(records)]
+    rows += [_worst(what, values, min) for what, values in found.items()]
     loops = [
         (row["ratio"], f"{row['flags']}, N={row['n']}")
         for row in records.get("loop", {}).get("rows", [])
