@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from kda_jax._operands import ChunkBackwardOperands, ChunkOperands, ChunkSpec, num_chunks
-from kda_jax.kernels.triton import chunk_backward, chunk_forward, chunk_gradients, chunk_prepare
-from kda_jax.triton.launch import launch, token_constants
+from kda_jax.kernels.triton import chunk_backward, chunk_cotangents, chunk_forward, chunk_gradients, chunk_prepare
+from kda_jax.triton.launch import launch, like, token_constants
 
 CHUNK = 64  # tokens
 
@@ -25,6 +25,7 @@ class Tile(NamedTuple):
 PREPARE = Tile(64, 4)
 FORWARD = Tile(64, 4, stages=3)
 BACKWARD = Tile(64, 4, stages=3)
+COTANGENTS = Tile(64, 4)
 GRADIENTS = Tile(64, 8)
 
 
@@ -167,24 +168,44 @@ def backward(args: ChunkBackwardOperands, spec: ChunkSpec) -> tuple[jax.Array, .
         HAS_INITIAL_STATE=args.initial_state is not None,
         STAGES=BACKWARD.stages,
     )
-    *grads, dA_log, ddt_bias = launch(
-        chunk_gradients.gradients,
-        (*args[:5], absent(args.A_log), absent(args.dt_bias), absent(args.cu_seqlens), absent(chunks.bounds))
-        + (args.do, args.states, dstates, dsolved, p.k_in, p.A_kk, p.solve, p.rows, p.decay)
-        + (-sequences, -tokens, -chunks.number),
+    tables = absent(args.cu_seqlens), absent(chunks.bounds), -sequences, -tokens, -chunks.number
+    constants = token_constants(args, spec)
+    dv, dbeta, u, dA_qk, dA_kk = launch(
+        chunk_cotangents.cotangents,
+        (args.v, args.beta, args.do, args.states, dsolved, p.k_in, p.A_kk, p.solve, p.rows, *tables),
         (
-            *(array(x.dtype, *x.shape) for x in args[:5]),
-            array(jnp.float32, *(lead if args.A_log is not None else (1,))),
-            array(jnp.float32, *((*lead, k_dim) if args.dt_bias is not None else (1,))),
+            *like(args.v, args.beta),
+            array(jnp.bfloat16, *lead, CHUNK, v_dim),
+            *(array(jnp.bfloat16, *lead, CHUNK, CHUNK),) * 2,
+        ),
+        programs=batch * chunks.number * value_heads,
+        warps=COTANGENTS.warps,
+        fuse=True,
+        PACKED=chunks.packed,
+        NORMED=spec.qk_l2norm,
+        **{name: constants[name] for name in ("HV", "K", "V", "BETA_RANGE", "SCALE")},
+    )
+    del constants["BETA_RANGE"]
+    share = array(jnp.float32, *((*lead, k_dim) if spec.gate is not None else (1,)))
+    dq, dk, dg, dA_log, ddt_bias, _ = launch(
+        chunk_gradients.gradients,
+        (args.q, args.k, args.g, absent(args.A_log), absent(args.dt_bias), args.do, args.states, dstates, dsolved, u)
+        + (dA_qk, dA_kk, p.rows, p.decay, *tables),
+        (
+            *like(args.q, args.k, args.g),
+            share,
+            share,
+            array(jnp.float32, *((batch, chunks.number, heads, 2, CHUNK, k_dim) if spec.qk_l2norm else (1,))),
         ),
         programs=batch * chunks.number * heads,
         warps=GRADIENTS.warps,
         fuse=True,
         PACKED=chunks.packed,
-        **token_constants(args, spec),
+        **constants,
     )
+    grads = [dq, dk, dv, dg, dbeta]
     if args.A_log is not None:
-        grads.append(jnp.sum(dA_log, axis=1).astype(args.A_log.dtype))
+        grads.append(jnp.sum(dA_log, axis=(1, 3)).astype(args.A_log.dtype))
     if args.dt_bias is not None:
         grads.append(jnp.sum(ddt_bias, axis=1).astype(args.dt_bias.dtype))
     if args.initial_state is not None:

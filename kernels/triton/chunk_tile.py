@@ -53,6 +53,47 @@ def load_log_decay(g, offsets, valid, row, hv, offsets_k, A_log, dt_bias, GATE: 
 
 
 @triton.jit
+def load_log2_decay(g, offsets, valid, row, hv, offsets_k, A_log, dt_bias, GATE: tl.constexpr, HAS_BIAS: tl.constexpr,
+                    A_LOG_STRIDE: tl.constexpr, DT_BIAS_STRIDE: tl.constexpr, LOWER_BOUND: tl.constexpr,
+                    K: tl.constexpr):  # fmt: skip
+    """As ``load_log_decay``, in fewer instructions: base 2 throughout, and no division."""
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    x = tl.load(g + offsets, mask=valid, other=0.0).to(tl.float32)
+    if GATE is None:
+        x *= LOG2_E
+    else:
+        rate = tl.exp(tl.load(A_log + row * A_LOG_STRIDE + hv).to(tl.float32))
+        if HAS_BIAS:
+            x += tl.load(dt_bias + row * DT_BIAS_STRIDE + hv * K + offsets_k).to(tl.float32)
+        if GATE == "softplus":
+            x = -rate * softplus_log2(x)
+        else:
+            root = tl.rsqrt(1 + tl.exp2(x * (rate * -LOG2_E)))
+            x = root * root * (LOWER_BOUND * LOG2_E)
+    return tl.where(valid, tl.maximum(x, -180.0), 0.0)
+
+
+@triton.jit
+def softplus_log2(x):
+    """log2(1 + 2^(x log2 e)) to 3e-7 of it: for large x that is x log2 e to the last bit, with no case for it.
+
+    With z = exp(-|x|) it is max(x, 0) log2 e + log2(1 + z), whose quotient by z is a polynomial on [0, 1], fitted
+    for the least relative error.
+    """
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    z = tl.exp2(tl.abs(x) * -LOG2_E)
+    p = 0.007548886351287365 * z - 0.04256587475538254
+    p = p * z + 0.11285426467657089
+    p = p * z - 0.19711732864379883
+    p = p * z + 0.2756406366825104
+    p = p * z - 0.35840827226638794
+    p = p * z + 0.48069292306900024
+    p = p * z - 0.7213401794433594
+    p = p * z + 1.4426950216293335
+    return tl.maximum(x, 0.0) * LOG2_E + p * z
+
+
+@triton.jit
 def halves(x):
     """x as a sum of two float16 numbers, to 2^-22 of it."""
     high = x.to(tl.float16)
