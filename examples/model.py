@@ -30,6 +30,7 @@ class ModelConfig:
     head_dim: int = 64
     width: int = 128
     draft_length: int = 4
+    dtype: str = "float32"  # of activations; parameters and states are float32
 
     def __post_init__(self) -> None:
         if self.value_heads % self.heads:
@@ -56,7 +57,7 @@ class Cache:
         size = config.head_dim
         return cls(
             jnp.zeros((config.layers, slots, config.value_heads, size, size)),
-            jnp.zeros((config.layers, slots, CONV_WIDTH - 1, config.qkv_channels)),
+            jnp.zeros((config.layers, slots, CONV_WIDTH - 1, config.qkv_channels), config.dtype),
         )
 
     def pool_of_all_layers(self, slots: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -100,14 +101,14 @@ class DeltaAttention(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
         values = config.value_heads * config.head_dim
-        linear = functools.partial(nnx.Linear, config.width, use_bias=False, rngs=rngs)
-        self.qkv = linear(config.qkv_channels)
+        linear = functools.partial(nnx.Linear, use_bias=False, dtype=config.dtype, rngs=rngs)
+        self.qkv = linear(config.width, config.qkv_channels)
         self.conv = nnx.Param(jax.random.uniform(rngs.params(), (CONV_WIDTH, config.qkv_channels), minval=-0.5, maxval=0.5))
-        self.decay = linear(values)
-        self.beta = linear(config.value_heads)
-        self.output_gate = linear(values)
-        self.norm = nnx.RMSNorm(config.head_dim, rngs=rngs)
-        self.out = nnx.Linear(values, config.width, use_bias=False, rngs=rngs)
+        self.decay = linear(config.width, values)
+        self.beta = linear(config.width, config.value_heads)
+        self.output_gate = linear(config.width, values)
+        self.norm = nnx.RMSNorm(config.head_dim, dtype=config.dtype, rngs=rngs)
+        self.out = linear(values, config.width)
         # Heads start with memories of about one token to a thousand: rates of 1 to 16, times softplus(dt_bias) of
         # 0.001 to 0.1 (Mamba's initial values).
         self.A_log = nnx.Param(jnp.log(jax.random.uniform(rngs.params(), (config.value_heads,), minval=1, maxval=16)))
@@ -123,7 +124,8 @@ class DeltaAttention(nnx.Module):
         rows, length, _ = x.shape
         heads, head_dim = self.config.heads, self.config.head_dim
         window = jnp.concatenate([history, self.qkv(x)], axis=1)
-        qkv = jax.nn.silu(sum(window[:, i : i + length] * self.conv[i] for i in range(CONV_WIDTH)))
+        conv = self.conv[...].astype(window.dtype)
+        qkv = jax.nn.silu(sum(window[:, i : i + length] * conv[i] for i in range(CONV_WIDTH)))
         q, k, v = jnp.split(qkv.reshape(rows, length, -1, head_dim), [heads, 2 * heads], axis=2)
         o, memory = attend(
             q,
@@ -141,11 +143,12 @@ class DeltaAttention(nnx.Module):
 
 class Block(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.attention_norm = nnx.RMSNorm(config.width, rngs=rngs)
+        linear = functools.partial(nnx.Linear, use_bias=False, dtype=config.dtype, rngs=rngs)
+        self.attention_norm = nnx.RMSNorm(config.width, dtype=config.dtype, rngs=rngs)
         self.attention = DeltaAttention(config, rngs=rngs)
-        self.mlp_norm = nnx.RMSNorm(config.width, rngs=rngs)
-        self.mlp_in = nnx.Linear(config.width, 4 * config.width, use_bias=False, rngs=rngs)
-        self.mlp_out = nnx.Linear(4 * config.width, config.width, use_bias=False, rngs=rngs)
+        self.mlp_norm = nnx.RMSNorm(config.width, dtype=config.dtype, rngs=rngs)
+        self.mlp_in = linear(config.width, 4 * config.width)
+        self.mlp_out = linear(4 * config.width, config.width)
 
     def __call__(self, x: jax.Array, history: jax.Array, attend: Attend) -> tuple[jax.Array, Any, jax.Array]:
         attended, memory, window = self.attention(self.attention_norm(x), history, attend)
@@ -162,7 +165,7 @@ class DraftHead(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        linear = functools.partial(nnx.Linear, config.width, config.width, use_bias=False, rngs=rngs)
+        linear = functools.partial(nnx.Linear, config.width, config.width, use_bias=False, dtype=config.dtype, rngs=rngs)
         self.from_hidden = linear()
         self.from_byte = linear()
         self.out = linear(kernel_init=nnx.initializers.zeros)
@@ -174,9 +177,9 @@ class DraftHead(nnx.Module):
 class LanguageModel(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.embed = nnx.Embed(VOCABULARY, config.width, rngs=rngs)
+        self.embed = nnx.Embed(VOCABULARY, config.width, dtype=config.dtype, rngs=rngs)
         self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.layers)])
-        self.norm = nnx.RMSNorm(config.width, rngs=rngs)
+        self.norm = nnx.RMSNorm(config.width, dtype=config.dtype, rngs=rngs)
         self.draft_heads = nnx.List([DraftHead(config, rngs=rngs) for _ in range(config.draft_length)])
 
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -200,10 +203,15 @@ class LanguageModel(nnx.Module):
             drafts.append(byte)
         return jnp.stack(drafts, axis=-1)
 
-    def __call__(self, tokens: jax.Array) -> tuple[jax.Array, Cache]:
-        """Whole sequences ``[B, T]``: hidden states ``[B, T, width]``, and what the layers remember after the last token."""
-        start = jnp.zeros((self.config.layers, len(tokens), CONV_WIDTH - 1, self.config.qkv_channels))
-        hidden, states, windows = self._run(tokens, start, [kda.chunk] * self.config.layers)
+    def __call__(self, tokens: jax.Array, implementation: str | None = None) -> tuple[jax.Array, Cache]:
+        """Whole sequences ``[B, T]``: hidden states ``[B, T, width]``, and what the layers remember after the last token.
+
+        ``implementation`` is kda.chunk's.
+        """
+        config = self.config
+        start = jnp.zeros((config.layers, len(tokens), CONV_WIDTH - 1, config.qkv_channels), config.dtype)
+        attend = functools.partial(kda.chunk, implementation=implementation)
+        hidden, states, windows = self._run(tokens, start, [attend] * config.layers)
         return hidden, Cache(states, windows[:, :, -(CONV_WIDTH - 1) :])
 
     def decode(self, tokens: jax.Array, cache: Cache, slots: jax.Array) -> tuple[jax.Array, Cache]:

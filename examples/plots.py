@@ -1,14 +1,16 @@
-"""The two figures of a run."""
+"""The figures: two of a run, and one that compares runs."""
 
 from __future__ import annotations
 
 import pathlib
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+import numpy as np
 from checkpoint import LossCurve
 
 
@@ -17,7 +19,7 @@ def save_loss_curve(path: pathlib.Path, curve: LossCurve) -> None:
     axes.plot(*zip(*curve.training, strict=True), color="tab:blue", alpha=0.6, linewidth=1, label="training (one batch)")
     axes.plot(*zip(*curve.held_out, strict=True), color="tab:orange", marker="o", markersize=4, label="held-out files")
     axes.set(title="Next-byte loss", xlabel="training step", ylabel="nats a byte")
-    _finish(figure, axes, path)
+    _finish(figure, path)
 
 
 def save_acceptance_histogram(path: pathlib.Path, accepted: list[int], mean: float) -> None:
@@ -32,13 +34,37 @@ def save_acceptance_histogram(path: pathlib.Path, accepted: list[int], mean: flo
     )
     axes.set_xticks(range(len(accepted)))
     axes.margins(y=0.12)
-    _finish(figure, axes, path)
+    _finish(figure, path)
 
 
-def _finish(figure: plt.Figure, axes: plt.Axes, path: pathlib.Path) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", alpha=0.3)
-    axes.set_axisbelow(True)
-    axes.legend(frameon=False)
+def save_training_comparison(path: pathlib.Path, runs: list[dict[str, Any]], smoothed_over: int) -> None:
+    """Three runs: the one in question, the one it is compared with, and that one with another seed."""
+    figure, (curves, differences) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    styles = ({"color": "tab:blue"}, {"color": "tab:orange", "linestyle": "--"}, {"color": "tab:gray", "alpha": 0.7})
+    names = [f"{run['implementation']}, seed {run['seed']}" for run in runs]
+    losses = np.array([run["losses"] for run in runs])
+    steps = np.arange(1, losses.shape[1] + 1)
+    for name, loss, style in zip(names, losses, styles, strict=True):
+        curves.plot(steps, loss, linewidth=1.2, label=name, **style)
+    curves.set(title="Next-byte loss", xlabel="training step", ylabel="nats a byte")
+
+    for i in (0, 2):
+        smooth = np.convolve(np.abs(losses[i] - losses[1]), np.full(smoothed_over, 1 / smoothed_over), mode="valid")
+        differences.plot(steps[smoothed_over - 1 :], smooth, label=f"({names[i]}) - ({names[1]})", **styles[i])
+    differences.set(
+        title=f"Absolute difference, mean of {smoothed_over} steps",
+        xlabel="training step",
+        ylabel="nats a byte",
+        yscale="log",
+    )
+    _finish(figure, path)
+
+
+def _finish(figure: plt.Figure, path: pathlib.Path) -> None:
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", alpha=0.3)
+        axes.set_axisbelow(True)
+        axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -38,6 +38,7 @@ EVALUATED_WINDOWS = 64
 TIMED_RUNS = 3
 SAMPLES = 3
 SAMPLE_BYTES = 120  # of a prompt
+SIZES = [field for field in dataclasses.fields(ModelConfig) if isinstance(field.default, int)]
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -47,7 +48,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     size = parser.add_argument_group("model", "With --resume and --decode-only the checkpoint says.")
-    for field in dataclasses.fields(ModelConfig):
+    for field in SIZES:
         flag = "--" + field.name.replace("_", "-")
         size.add_argument(flag, type=_positive, default=argparse.SUPPRESS, metavar="N", help=f"(default: {field.default})")
     training = parser.add_argument_group("training")
@@ -55,6 +56,9 @@ def parse_arguments() -> argparse.Namespace:
     training.add_argument("--batch", type=_positive, default=8, help="sequences a step")
     training.add_argument("--seq-len", type=_positive, default=160, help="bytes a sequence")
     training.add_argument("--learning-rate", type=float, default=4e-3, help="at the peak of the schedule")
+    training.add_argument(
+        "--implementation", choices=("triton", "xla"), help="of kda.chunk; None is the best one that serves the model here"
+    )
     decoding = parser.add_argument_group("decoding")
     decoding.add_argument("--prompts", type=_positive, default=8, help="requests decoded together")
     decoding.add_argument("--prompt-len", type=_positive, default=192, help="bytes a prompt")
@@ -71,7 +75,7 @@ def parse_arguments() -> argparse.Namespace:
     start.add_argument("--decode-only", action="store_true", help="no training: take the output folder's checkpoint")
     args = parser.parse_args()
 
-    names = [field.name for field in dataclasses.fields(ModelConfig) if field.name in args]
+    names = [field.name for field in SIZES if field.name in args]
     if names and (args.resume or args.decode_only):
         parser.error(f"the checkpoint says how large the model is; leave out {', '.join(names)}")
     try:
@@ -106,14 +110,14 @@ def train(args: argparse.Namespace, corpus: Corpus, checkpoints: CheckpointFolde
         for step in progress:
             # Seeded by the step: a resumed run goes on with the batches that an unbroken one would have seen.
             windows = corpus.batch(np.random.default_rng((args.seed, step)), args.batch, length)
-            model, optimizer, loss = train_step(model, optimizer, windows)
+            model, optimizer, loss = train_step(model, optimizer, windows, args.implementation)
             trained = step + 1
             last = trained == args.steps
             if last or trained % LOG_EVERY == 0:  # reading the loss waits for the device, so not in every step
                 curve.training.append((trained, float(loss)))
                 progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
             if last or trained % EVALUATE_EVERY == 0:
-                curve.held_out.append((trained, float(evaluate(model, held_out)[0])))
+                curve.held_out.append((trained, float(evaluate(model, held_out, args.implementation)[0])))
                 checkpoints.save(trained, model, optimizer, curve)
     return model, curve
 

@@ -14,8 +14,9 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 import kda_jax as kda
-from kda_jax.testing import cases, oracle
+from kda_jax.testing import cases, oracle, tolerance
 from kda_jax.testing.cases import Case
+from kda_jax.testing.tolerances import Tolerance
 
 FLAGS = {"qk_l2norm": True, "beta_sigmoid": True}
 ROWS = Case("rows", batch=3, tokens=4, value_heads=4, k_dim=8, v_dim=16, pool_size=7)
@@ -25,6 +26,18 @@ SEQUENCES = Case("sequences", batch=3, tokens=40, value_heads=4, k_dim=8, v_dim=
 
 # XLA picks its GPU reductions by shape; what is promised to the bit, and in place, is promised of xla on CPU.
 xla_on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="bits and copies of xla on CPU")
+
+
+# chunk's kernels multiply in half precision, whatever the dtype of the inputs: values keep 11 bits of each factor, as with TF32,
+# gradients the 8 bits of bfloat16, as with bfloat16 inputs.
+CHUNK_KERNELS_FLOAT32 = Tolerance(output=1e-3, state=1e-3, gradient=1e-2)
+
+
+def chunk_kernel_tolerance(case: Case) -> Tolerance:
+    """How far chunk's kernels may be from the oracle."""
+    if case.state_dtype == "bfloat16":  # values are rounded with the initial state; gradients are not
+        return tolerance(case.dtype, "bfloat16")._replace(gradient=chunk_kernel_tolerance(Case("", dtype=case.dtype)).gradient)
+    return CHUNK_KERNELS_FLOAT32 if case.dtype == "float32" else tolerance(case.dtype)
 
 
 def over(some: Sequence[Case], *names: str) -> pytest.MarkDecorator:

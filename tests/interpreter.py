@@ -6,6 +6,8 @@ TRITON_INTERPRET in the environment; conftest.py sets it where there is no GPU.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import ml_dtypes
@@ -14,7 +16,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 GUARD = 64  # elements before and behind every array, which no kernel may write
-POISON = 0xA5
+POISON = 0xFF  # in every floating dtype a NaN
 NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int32": "i32"}
 
 
@@ -70,6 +72,31 @@ class Memory:
 
     def stride(self) -> tuple[int, ...]:
         return tuple(stride // self.values.itemsize for stride in self.values.strides)
+
+
+@contextlib.contextmanager
+def installed(monkeypatch: Any, *modules: Any) -> Iterator[None]:
+    """Kernels that ``modules`` (of kda_jax.triton) launch run here."""
+    mend(monkeypatch)
+    for module in modules:
+        for replacement in (launch, launch_tiles):
+            if hasattr(module, replacement.__name__):
+                monkeypatch.setattr(module, replacement.__name__, replacement)
+    with np.errstate(all="ignore"):  # exp(-200) is zero, on a GPU silently
+        yield
+
+
+def spec_options(case: Any, gate: Any) -> dict[str, Any]:
+    """The options of a case as a spec takes them."""
+    return {
+        "gate": case.gate,
+        "lower_bound": getattr(gate, "lower_bound", None),
+        "qk_l2norm": case.qk_l2norm,
+        "beta_sigmoid": case.beta_sigmoid,
+        "allow_neg_eigval": case.allow_neg_eigval,
+        "scale": case.k_dim**-0.5 if case.scale is None else case.scale,
+        "implementation": "triton",
+    }
 
 
 def mend(monkeypatch: Any) -> None:

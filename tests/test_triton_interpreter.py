@@ -25,12 +25,8 @@ from . import interpreter
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
-    interpreter.mend(monkeypatch)
-    for module in (decode_calls, verify_calls, flush_calls):
-        monkeypatch.setattr(module, "launch_tiles", interpreter.launch_tiles)
-    np_errors = np.seterr(all="ignore")  # exp(-200) is zero, on a GPU silently
-    yield
-    np.seterr(**np_errors)
+    with interpreter.installed(monkeypatch, decode_calls, verify_calls, flush_calls):
+        yield
 
 
 SMALL = Case("softplus", batch=3, heads=1, value_heads=2, k_dim=64, v_dim=64, pool_size=5)
@@ -62,15 +58,7 @@ def drawn(case, layout, slots=SLOTS):
     parameters = (None, None) if gate is None else (gate.A_log, gate.dt_bias)
     slots = None if slots is None else slots[: case.batch]
     operands = PoolOperands(*inputs.arrays, *parameters, inputs.state, slots)
-    spec = {
-        "gate": case.gate,
-        "lower_bound": getattr(gate, "lower_bound", None),
-        "qk_l2norm": case.qk_l2norm,
-        "beta_sigmoid": case.beta_sigmoid,
-        "allow_neg_eigval": case.allow_neg_eigval,
-        "scale": case.k_dim**-0.5 if case.scale is None else case.scale,
-        "implementation": "triton",
-    }
+    spec = interpreter.spec_options(case, gate)
     options = inputs.options | {"state_indices": slots}
     return operands, spec, (*inputs.arrays, inputs.state), options, tolerance(case.dtype, case.state_dtype)
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kda_jax._operands import ChunkBackwardOperands, ChunkOperands, ChunkSpec, num_chunks
 from kda_jax.kernels.triton import chunk_backward, chunk_cotangents, chunk_forward, chunk_gradients, chunk_prepare
@@ -26,7 +27,7 @@ PREPARE = Tile(64, 4)
 FORWARD = Tile(64, 4, stages=3)
 BACKWARD = Tile(64, 4, stages=3)
 COTANGENTS = Tile(64, 4)
-GRADIENTS = Tile(64, 8)
+GRADIENTS_STAGES = 2
 
 
 class Chunks(NamedTuple):
@@ -56,6 +57,20 @@ def chunks_of(args: Any) -> Chunks:
     end = jnp.minimum(begin + CHUNK, at(offsets[:, 1:]))
     used = (sequence < sequences)[..., None]
     return Chunks(count, jnp.where(used, jnp.stack([begin, end], axis=-1), 0), first)
+
+
+def level_tables() -> tuple[jax.Array, jax.Array]:
+    """What the five levels of halving 32 tokens (docs/mathematics.md) pick, as matrices [32, 32] of float16.
+
+    picks [7, ...]: 2^-8 where the sum of log decays of token t contains token j: of t's side of a pair at levels 0 to 4, up to
+    and with t at 5, behind t at 6. pairs [5, ...]: 1 where t and j are on the two sides of a level.
+    """
+    t, j = np.arange(32)[:, None], np.arange(32)
+    middle = lambda level: ((t >> level) | 1) << level  # of t's block of 2^(level + 1) tokens
+    until = [np.where(t >= middle(n), (j >= middle(n)) & (j <= t), (j > t) & (j < middle(n))) for n in range(5)]
+    picks = np.stack([*until, j <= t, j > t]) * 2.0**-8
+    pairs = np.stack([(t ^ j) >> level == 1 for level in range(5)])
+    return jnp.asarray(picks, jnp.float16), jnp.asarray(pairs, jnp.float16)
 
 
 class Prepared(NamedTuple):
@@ -170,13 +185,14 @@ def backward(args: ChunkBackwardOperands, spec: ChunkSpec) -> tuple[jax.Array, .
     )
     tables = absent(args.cu_seqlens), absent(chunks.bounds), -sequences, -tokens, -chunks.number
     constants = token_constants(args, spec)
-    dv, dbeta, u, dA_qk, dA_kk = launch(
+    dv, dbeta, u, dA_qk, dA_kk, scales = launch(
         chunk_cotangents.cotangents,
         (args.v, args.beta, args.do, args.states, dsolved, p.k_in, p.A_kk, p.solve, p.rows, *tables),
         (
             *like(args.v, args.beta),
             array(jnp.bfloat16, *lead, CHUNK, v_dim),
-            *(array(jnp.bfloat16, *lead, CHUNK, CHUNK),) * 2,
+            *(array(jnp.float16, *lead, CHUNK, CHUNK),) * 2,
+            array(jnp.float32, *lead),
         ),
         programs=batch * chunks.number * value_heads,
         warps=COTANGENTS.warps,
@@ -187,20 +203,16 @@ def backward(args: ChunkBackwardOperands, spec: ChunkSpec) -> tuple[jax.Array, .
     )
     del constants["BETA_RANGE"]
     share = array(jnp.float32, *((*lead, k_dim) if spec.gate is not None else (1,)))
-    dq, dk, dg, dA_log, ddt_bias, _ = launch(
+    dq, dk, dg, dA_log, ddt_bias = launch(
         chunk_gradients.gradients,
         (args.q, args.k, args.g, absent(args.A_log), absent(args.dt_bias), args.do, args.states, dstates, dsolved, u)
-        + (dA_qk, dA_kk, p.rows, p.decay, *tables),
-        (
-            *like(args.q, args.k, args.g),
-            share,
-            share,
-            array(jnp.float32, *((batch, chunks.number, heads, 2, CHUNK, k_dim) if spec.qk_l2norm else (1,))),
-        ),
+        + (dA_qk, dA_kk, scales, p.rows, p.decay, *level_tables(), *tables),
+        (*like(args.q, args.k, args.g), share, share),
         programs=batch * chunks.number * heads,
-        warps=GRADIENTS.warps,
+        warps=k_dim // 16,
         fuse=True,
         PACKED=chunks.packed,
+        STAGES=GRADIENTS_STAGES,
         **constants,
     )
     grads = [dq, dk, dv, dg, dbeta]

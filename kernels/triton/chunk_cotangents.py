@@ -2,20 +2,25 @@
 
 Bound: memory, about 0.17 MB a chunk and value head at K = V = 128, the chunk's first state the largest part; 8 MFLOP. What the
 forward pass did not keep is computed again from that state. The gradients of v and beta are done here.
+
+The cotangents of A_qk and A_kk leave as float16, scaled by a power of two that takes the larger of them near 2^6.
 """
 
 import triton
 import triton.language as tl
 
-from .chunk_tile import C, chunk_of
+from .chunk_tile import C, chunk_of, power_scale
 
 
 @triton.jit
 def cotangents(v, beta, do, states, dsolved, k_in, A_kk, solve, rows, cu_seqlens, bounds, sequences_end, tokens_end, chunks_end,
-               dv, dbeta, u, dA_qk, dA_kk,
+               dv, dbeta, u, dA_qk, dA_kk, scales,
                HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, PACKED: tl.constexpr, NORMED: tl.constexpr,
                BETA_RANGE: tl.constexpr, SCALE: tl.constexpr):  # fmt: skip
-    """One program a chunk and value head."""
+    """One program a chunk and value head.
+
+    dA_kk is that of A_kk plus its transpose. ``scales`` [B, NC, HV] is what the numbers of dA_qk and dA_kk count.
+    """
     program = tl.program_id(0)
     item = program // HV
     hv = program % HV
@@ -63,8 +68,12 @@ def cotangents(v, beta, do, states, dsolved, k_in, A_kk, solve, rows, cu_seqlens
             b_dA_kk = tl.dot(b_dsolved, tl.trans(b_u), b_dA_kk)
         b_dA_qk = tl.where(t[:, None] >= i, b_dA_qk, 0.0)
         b_dA_kk = tl.where(t[:, None] > i, -b_dA_kk, 0.0)
-        tl.store(dA_qk + place_c, b_dA_qk.to(tl.bfloat16))
-        tl.store(dA_kk + place_c, (b_dA_kk * b_beta[:, None]).to(tl.bfloat16))
+        by_beta = b_dA_kk * b_beta[:, None]
+        up, down = power_scale(tl.max(tl.maximum(tl.abs(b_dA_qk), tl.abs(by_beta))), 6)
+        tl.store(scales + tile, down)
+        tl.store(dA_qk + place_c, (b_dA_qk * up).to(tl.float16))
+        by_beta = (by_beta * up).to(tl.float16)
+        tl.store(dA_kk + place_c, by_beta + tl.trans(by_beta))
         b_dbeta += tl.sum(b_dA_kk * tl.load(A_kk + place_c).to(tl.float32), axis=1)
         # From beta times the square of the key's size, which ``prepare`` made of what was given, to that.
         k_size = 1 / tl.load(rows + (tile * 3 + 1) * C + t)
