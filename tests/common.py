@@ -33,11 +33,12 @@ xla_on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="bits and
 CHUNK_KERNELS_FLOAT32 = Tolerance(output=1e-3, state=1e-3, gradient=1e-2)
 
 
-def chunk_kernel_tolerance(case: Case) -> Tolerance:
+def chunk_kernel_tolerance(dtype: str, state_dtype: str = "float32") -> Tolerance:
     """How far chunk's kernels may be from the oracle."""
-    if case.state_dtype == "bfloat16":  # values are rounded with the initial state; gradients are not
-        return tolerance(case.dtype, "bfloat16")._replace(gradient=chunk_kernel_tolerance(Case("", dtype=case.dtype)).gradient)
-    return CHUNK_KERNELS_FLOAT32 if case.dtype == "float32" else tolerance(case.dtype)
+    limits = CHUNK_KERNELS_FLOAT32 if dtype == "float32" else tolerance(dtype)
+    if state_dtype == "bfloat16":  # the final state is rounded to the initial one's dtype, once
+        limits = limits._replace(state=tolerance(dtype, state_dtype).state)
+    return limits
 
 
 def over(some: Sequence[Case], *names: str) -> pytest.MarkDecorator:
@@ -59,6 +60,23 @@ def assert_close(out: Any, reference: Any, limit: float) -> None:
     for where, x, y in _pairs(out, reference):
         error = oracle.error(x, np.where(np.abs(y) < np.finfo(np.float32).tiny, 0, y))
         assert error <= limit, f"{where}: error {error:.1e} above {limit:.0e}"
+
+
+def assert_grads_close(grads: dict[str, Any], reference: dict[str, Any], limit: float, g: Any, gate: Any) -> None:
+    """Gradients of chunk by name, as ``assert_close``; that of A_log against the size of its terms, within twice the limit.
+
+    It is a sum over all tokens and channels of terms of either sign, which may by chance be next to nothing. Were errors of
+    the terms independent, each within the limit of its term, they would add up to the limit of the terms' norm. Of a
+    norm of many errors the limit is far from the usual one; of one number or a few it is not, so they get twice that.
+    """
+    others = grads.keys() - {"A_log"}
+    assert_close({name: grads[name] for name in others}, {name: reference[name] for name in others}, limit)
+    if "A_log" in grads:
+        _, slope, by_A_log = oracle._gate(np.asarray(g, np.float64), gate)
+        terms = np.divide(reference["g"] * by_A_log, slope, where=slope != 0, out=np.zeros_like(slope))
+        size = np.linalg.norm(terms)
+        error = np.linalg.norm(np.asarray(grads["A_log"], np.float64) - reference["A_log"])
+        assert error <= 2 * limit * size, f"A_log: error {error:.1e} above {2 * limit:.0e} of its terms, {size:.1e}"
 
 
 def assert_equal(out: Any, reference: Any) -> None:

@@ -1,4 +1,4 @@
-"""examples/train_and_decode.py: the script as a user runs it, and the equivalences that its decoding rests on."""
+"""examples/: the scripts as a user runs them, and the equivalences that its decoding rests on."""
 
 from __future__ import annotations
 
@@ -158,3 +158,33 @@ def test_script_trains_decodes_and_goes_on_from_its_checkpoint(tmp_path):
 
     assert "byte-identical" in run_script(output, *training, *decoding, "--resume", "--steps", 20)
     assert results()["trained_steps"] == 20
+
+
+def compare_training(*flags: object) -> None:
+    importlib.import_module("compare_training").main([*map(str, flags), "--tiny", "--steps", "20"])
+
+
+def test_comparison_of_an_implementation_with_itself(modules, tmp_path):
+    compare_training("--implementations", "xla", "xla", "--output", tmp_path)
+    [written] = tmp_path.glob("training-*.json")
+    assert written.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    said = json.loads(written.read_text())
+    assert {"device", "versions", "commit", "date", "command", "parameters"} <= said.keys()
+    assert [(row["implementation"], row["seed"]) for row in said["rows"]] == [("xla", 0), ("xla", 0), ("xla", 1)]
+    tested, reference, other_seed = (np.array(row["losses"]) for row in said["rows"])
+    assert len(tested) == said["steps"] == 20
+    assert 0 < reference[-5:].mean() < reference[:5].mean()
+    np.testing.assert_array_equal(tested, reference)
+    assert said["mean_difference"] == 0
+    assert said["mean_difference_of_seeds"] == pytest.approx(np.mean(np.abs(other_seed - reference)))
+    assert said["mean_difference_of_seeds"] > 0
+    for row in said["rows"]:
+        assert row["tokens_per_second"] == pytest.approx(said["batch"] * said["seq_len"] / row["step_ms"] * 1e3)
+    assert said["speedup"] == pytest.approx(said["rows"][1]["step_ms"] / said["rows"][0]["step_ms"])
+
+
+def test_comparison_fails_where_an_implementation_does(modules, tmp_path):
+    """The model's heads are too small for the kernels: none of the layers may fall back to xla unheard."""
+    with pytest.raises(NotImplementedError, match=r"kda\.chunk: implementation is 'triton'"):
+        compare_training("--output", tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -9,7 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from kda_jax._operands import ChunkBackwardOperands, ChunkOperands, ChunkSpec, num_chunks
-from kda_jax.kernels.triton import chunk_backward, chunk_cotangents, chunk_forward, chunk_gradients, chunk_prepare
+from kda_jax.kernels.triton import (
+    chunk_backward,
+    chunk_cotangents,
+    chunk_forward,
+    chunk_gradients,
+    chunk_prepare,
+    chunk_state_cotangents,
+)
 from kda_jax.triton.launch import launch, like, token_constants
 
 CHUNK = 64  # tokens
@@ -27,6 +34,7 @@ PREPARE = Tile(64, 4)
 FORWARD = Tile(64, 4, stages=3)
 BACKWARD = Tile(64, 4, stages=3)
 COTANGENTS = Tile(64, 4)
+STATE_COTANGENTS = Tile(64, 4, stages=2)
 GRADIENTS_STAGES = 2
 
 
@@ -82,7 +90,7 @@ class Prepared(NamedTuple):
     A_qk: jax.Array  # [B, NC, HV, C, C] float16
     A_kk: jax.Array  # as A_qk; [1] where it is not wanted
     solve: jax.Array  # as A_qk
-    rows: jax.Array  # [B, NC, HV, 3, C] float32: beta, what v is multiplied with, what o is multiplied with
+    rows: jax.Array  # [B, NC, HV, 3, C] float32: beta, and what k and q are multiplied with
     decay: jax.Array  # [B, NC, HV, K] float32
 
 
@@ -201,14 +209,31 @@ def backward(args: ChunkBackwardOperands, spec: ChunkSpec) -> tuple[jax.Array, .
         NORMED=spec.qk_l2norm,
         **{name: constants[name] for name in ("HV", "K", "V", "BETA_RANGE", "SCALE")},
     )
-    del constants["BETA_RANGE"]
-    share = array(jnp.float32, *((*lead, k_dim) if spec.gate is not None else (1,)))
+    del constants["BETA_RANGE"], constants["V"], constants["SCALE"]
+    wide = array(jnp.bfloat16, *lead, CHUNK, k_dim)
+    dq_in, dk_in, dk_out, halves = launch(
+        chunk_state_cotangents.state_cotangents,
+        (args.do, args.states, dstates, dsolved, u, p.k_in, p.k_out, p.q_in, p.rows, p.decay)
+        + (absent(chunks.bounds), -tokens, -chunks.number),
+        (wide, wide, wide, array(jnp.float32, *lead, 2, k_dim)),
+        programs=batch * chunks.number * value_heads * (k_dim // STATE_COTANGENTS.width),
+        warps=STATE_COTANGENTS.warps,
+        fuse=True,
+        HV=value_heads,
+        K=k_dim,
+        V=v_dim,
+        PACKED=chunks.packed,
+        NORMED=spec.qk_l2norm,
+        SCALE=spec.scale,
+        STAGES=STATE_COTANGENTS.stages,
+    )
+    share = array(jnp.float32, *((batch, chunks.number, 2, value_heads, k_dim) if spec.gate is not None else (1,)))
     dq, dk, dg, dA_log, ddt_bias = launch(
         chunk_gradients.gradients,
-        (args.q, args.k, args.g, absent(args.A_log), absent(args.dt_bias), args.do, args.states, dstates, dsolved, u)
-        + (dA_qk, dA_kk, scales, p.rows, p.decay, *level_tables(), *tables),
+        (args.q, args.k, args.g, absent(args.A_log), absent(args.dt_bias), dq_in, dk_in, dk_out, halves)
+        + (dA_qk, dA_kk, scales, p.rows, *level_tables(), *tables),
         (*like(args.q, args.k, args.g), share, share),
-        programs=batch * chunks.number * heads,
+        programs=batch * chunks.number * 2 * heads,
         warps=k_dim // 16,
         fuse=True,
         PACKED=chunks.packed,
@@ -217,9 +242,9 @@ def backward(args: ChunkBackwardOperands, spec: ChunkSpec) -> tuple[jax.Array, .
     )
     grads = [dq, dk, dv, dg, dbeta]
     if args.A_log is not None:
-        grads.append(jnp.sum(dA_log, axis=(1, 3)).astype(args.A_log.dtype))
+        grads.append(jnp.sum(dA_log, axis=(1, 2, 4)).astype(args.A_log.dtype))
     if args.dt_bias is not None:
-        grads.append(jnp.sum(ddt_bias, axis=1).astype(args.dt_bias.dtype))
+        grads.append(jnp.sum(ddt_bias, axis=(1, 2)).astype(args.dt_bias.dtype))
     if args.initial_state is not None:
         grads.append(dinitial_state)
     return tuple(grads)

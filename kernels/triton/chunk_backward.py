@@ -39,7 +39,7 @@ def backward(do, k_in, k_out, q_in, A_qk, solve, rows, decay, dstate, cu_seqlens
         b_do = tl.trans(tl.load(do + place_v, mask=(token < end)[:, None], other=0.0)).to(tl.float32) * SCALE
         b_beta = tl.load(rows + tile * 3 * C + t)
         if not NORMED:
-            b_do *= tl.load(rows + (tile * 3 + 2) * C + t)[None, :]
+            b_do *= 1 / tl.load(rows + (tile * 3 + 2) * C + t)[None, :]
         largest = tl.abs(b_do)
         for part in tl.static_range(PARTS):
             tl.store(dstates + (tile * V + offsets_v[:, None]) * K + t[None, :] + part * C,

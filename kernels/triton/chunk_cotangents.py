@@ -58,7 +58,7 @@ def cotangents(v, beta, do, states, dsolved, k_in, A_kk, solve, rows, cu_seqlens
                 v_factor = tl.load(rows + (tile * 3 + 1) * C + t)[:, None]
                 b_v *= v_factor
                 b_dv *= v_factor
-                b_do *= tl.load(rows + (tile * 3 + 2) * C + t)[:, None]
+                b_do *= 1 / tl.load(rows + (tile * 3 + 2) * C + t)[:, None]
             tl.store(dv + place_v, b_dv.to(dv.dtype.element_ty), mask=valid[:, None])
             r = b_v - reads
             b_dbeta += tl.sum(b_dsolved.to(tl.float32) * r, axis=1)
@@ -75,9 +75,9 @@ def cotangents(v, beta, do, states, dsolved, k_in, A_kk, solve, rows, cu_seqlens
         by_beta = (by_beta * up).to(tl.float16)
         tl.store(dA_kk + place_c, by_beta + tl.trans(by_beta))
         b_dbeta += tl.sum(b_dA_kk * tl.load(A_kk + place_c).to(tl.float32), axis=1)
-        # From beta times the square of the key's size, which ``prepare`` made of what was given, to that.
-        k_size = 1 / tl.load(rows + (tile * 3 + 1) * C + t)
-        b_dbeta *= k_size * k_size
+        if not NORMED:  # from beta times the square of the key's size, which ``prepare`` made of what was given, to that
+            k_size = 1 / tl.load(rows + (tile * 3 + 1) * C + t)
+            b_dbeta *= k_size * k_size
         if BETA_RANGE is not None:
             b = tl.sigmoid(tl.load(beta + token * HV + hv, mask=valid, other=0.0).to(tl.float32))
             b_dbeta *= BETA_RANGE * b * (1 - b)

@@ -70,7 +70,7 @@ def forward(v, k_in, k_out, q_in, A_qk, solve, rows, decay, initial_state, cu_se
         s = after
         b_o = tl.dot(u, tl.trans(tl.load(A_qk + place_c)), b_o) * (down * SCALE)[:, None]
         if not NORMED:
-            b_o *= tl.load(rows + (tile * 3 + 2) * C + t)[None, :]
+            b_o *= 1 / tl.load(rows + (tile * 3 + 2) * C + t)[None, :]
         tl.store(o + place_v, tl.trans(b_o.to(o.dtype.element_ty)), mask=(token < end)[:, None])
     for part in tl.static_range(PARTS):
         tl.store(final_state + in_state + part * C, s[part].to(final_state.dtype.element_ty))

@@ -41,7 +41,7 @@ def prepare(q, k, g, beta, A_log, dt_bias, bounds, tokens_end, chunks_end,
         valid = begin + t < end
         head_qk = (token * H + hv // (HV // H))[:, None] * K
         head_g = (token * HV + hv)[:, None] * K
-        q_factor, q_size = factor(q, head_qk, valid, K, BK, L2NORM_EPS)
+        q_factor, _ = factor(q, head_qk, valid, K, BK, L2NORM_EPS)
         k_factor, k_size = factor(k, head_qk, valid, K, BK, L2NORM_EPS)
         b = tl.load(beta + token * HV + hv, mask=valid, other=0.0).to(tl.float32)
         if BETA_RANGE is not None:
@@ -114,8 +114,8 @@ def prepare(q, k, g, beta, A_log, dt_bias, bounds, tokens_end, chunks_end,
         tl.store(solve + place, inverse.to(tl.float16))
         place = 3 * tile + t
         tl.store(rows + place, b)
-        tl.store(rows + place + C, 1 / k_size)
-        tl.store(rows + place + 2 * C, q_size)
+        tl.store(rows + place + C, k_factor)
+        tl.store(rows + place + 2 * C, q_factor)
 
 
 @triton.jit
