@@ -14,6 +14,7 @@ from kda_jax._gates import Gate
 from kda_jax._operands import (
     CHUNK_AXES,
     CHUNK_BACKWARD_AXES,
+    PREPARED_AXES,
     ChunkBackwardOperands,
     ChunkOperands,
     ChunkSpec,
@@ -35,7 +36,14 @@ def _forward_outputs(args: ChunkOperands, sizes: dict[str, int], spec: ChunkSpec
     dtype = arithmetic_dtype(args)
     state_dtype = dtype if args.initial_state is None else args.initial_state.dtype
     outputs = Output("B T HV V", args.v.dtype), Output("S HV V K", state_dtype)
-    return outputs if spec.states_dtype is None else (*outputs, Output("B C HV V K", spec.states_dtype))
+    if spec.states_dtype is None:
+        return outputs
+    outputs += (Output("B C HV V K", spec.states_dtype),)
+    if spec.save_intermediates:
+        sizes |= {"L": spec.chunk_size, "M": spec.chunk_size, "R": 3}
+        wide = ("rows", "decay")
+        outputs += tuple(Output(axes, jnp.float32 if x in wide else jnp.float16) for x, axes in PREPARED_AXES.items())
+    return outputs
 
 
 def _backward_outputs(args: ChunkBackwardOperands, sizes: dict[str, int], spec: ChunkSpec) -> tuple[Output, ...]:
@@ -66,12 +74,14 @@ def chunk(
     initial_state: jax.Array | None = None,
     cu_seqlens: Any = None,
     chunk_size: int = 64,
+    save_intermediates: bool = False,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """KDA over whole sequences, computed chunk by chunk with matrix products.
 
     The same recurrence as :func:`kda_jax.decode`, token after token. Differentiable once in reverse mode in q, k, v, g,
-    beta, the gate's parameters and initial_state; between the passes only the states at chunk boundaries are kept.
+    beta, the gate's parameters and initial_state; between the passes only the states at chunk boundaries are kept, unless
+    ``save_intermediates`` is set.
 
     Args:
       q, k: ``[B, T, H, K]`` bfloat16, float16 or float32.
@@ -85,6 +95,8 @@ def chunk(
         ``cu_seqlens[N]`` on are padding: their outputs and gradients are zero. Traced: no recompilation for other lengths.
       chunk_size: tokens of a chunk, a power of two from 16 to 128. Fewer tokens mean more states kept for the backward
         pass, more mean more arithmetic within the chunk.
+      save_intermediates: keep for the backward pass what the GPU kernels computed of each chunk by itself,
+        ``6 K + 6 chunk_size`` bytes a token and value head, instead of computing it again. "xla" has no use for them.
       implementation: None for the best one that serves the call, or a name ("xla", ...) to force it.
 
     Returns:
@@ -120,7 +132,7 @@ def chunk(
         initial_state = check.array("initial_state", initial_state, CHUNK_AXES["initial_state"], _inputs.STATE_DTYPES)
     # Outside the custom_vjp: a shared operand's gradient is summed over the shards by the transpose of this cast.
     operands = vary_together(ChunkOperands(**tokens, initial_state=initial_state, cu_seqlens=cu_seqlens))
-    return _chunk(operands, ChunkSpec(**vars(spec), chunk_size=chunk_size))
+    return _chunk(operands, ChunkSpec(**vars(spec), chunk_size=chunk_size, save_intermediates=bool(save_intermediates)))
 
 
 def _check_cu_seqlens(check: _inputs.Checker, cu_seqlens: Any) -> jax.Array:
@@ -141,21 +153,21 @@ def _check_cu_seqlens(check: _inputs.Checker, cu_seqlens: Any) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _chunk(args: ChunkOperands, spec: ChunkSpec) -> tuple[jax.Array, jax.Array]:
-    o, state = FORWARD.bind(args, spec)
+    o, state = FORWARD.bind(args, dataclasses.replace(spec, save_intermediates=False))
     return o, state
 
 
 def _chunk_fwd(args: ChunkOperands, spec: ChunkSpec):
     half = all(jnp.finfo(x.dtype).bits == 16 for x in args[:5])
     states_dtype = "bfloat16" if half else arithmetic_dtype(args).name
-    o, state, states = FORWARD.bind(args, dataclasses.replace(spec, states_dtype=states_dtype))
-    return (o, state), (args, states)
+    o, state, *kept = FORWARD.bind(args, dataclasses.replace(spec, states_dtype=states_dtype))
+    return (o, state), (args, kept)
 
 
-def _chunk_bwd(spec: ChunkSpec, residuals: tuple[ChunkOperands, jax.Array], cotangents: tuple[jax.Array, jax.Array]):
-    args, states = residuals
+def _chunk_bwd(spec: ChunkSpec, residuals: tuple[ChunkOperands, list[jax.Array]], cotangents: tuple[jax.Array, jax.Array]):
+    args, (states, *prepared) = residuals
     do, dstate = cotangents
-    grads = iter(BACKWARD.bind(ChunkBackwardOperands(*args, states, do, dstate), spec))
+    grads = iter(BACKWARD.bind(ChunkBackwardOperands(*args, states, do, dstate, *prepared), spec))
     named: dict[str, Any] = {name: next(grads) for name in ("q", "k", "v", "g", "beta")}
     for name in ("A_log", "dt_bias"):
         if getattr(args, name) is not None:

@@ -33,6 +33,7 @@ class Spec:
 class ChunkSpec(Spec):
     chunk_size: int
     states_dtype: str | None = None  # if given, the forward pass also returns the state at the start of every chunk
+    save_intermediates: bool = False  # then it returns what Prepared names as well
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +71,17 @@ CHUNK_AXES = {
     "initial_state": "S HV V K",  # S is B, or B times the N sequences packed in each row
     "cu_seqlens": "B N+1",
 }
-CHUNK_BACKWARD_AXES = CHUNK_AXES | {"states": "B C HV V K", "do": "B T HV V", "dstate": "S HV V K"}
+PREPARED_AXES = {  # L and M are the tokens of a chunk
+    "k_in": "B C HV L K",
+    "k_out": "B C HV L K",
+    "q_in": "B C HV L K",
+    "A_qk": "B C HV L M",
+    "A_kk": "B C HV L M",
+    "solve": "B C HV L M",
+    "rows": "B C HV R L",
+    "decay": "B C HV K",
+}
+CHUNK_BACKWARD_AXES = CHUNK_AXES | {"states": "B C HV V K", "do": "B T HV V", "dstate": "S HV V K"} | PREPARED_AXES
 FLUSH_AXES = {
     "u": "N T HV V",
     "k": "N T H K",
@@ -124,8 +135,21 @@ class ChunkOperands(NamedTuple):
     cu_seqlens: jax.Array | None
 
 
+class Prepared(NamedTuple):
+    """What depends on one chunk alone, as the GPU kernels leave it; docs/mathematics.md names the quantities."""
+
+    k_in: jax.Array  # float16, as all but the last two
+    k_out: jax.Array
+    q_in: jax.Array
+    A_qk: jax.Array
+    A_kk: jax.Array
+    solve: jax.Array
+    rows: jax.Array  # float32: beta, and what k and q are multiplied with
+    decay: jax.Array  # float32
+
+
 class ChunkBackwardOperands(NamedTuple):
-    """The backward pass of chunk: the forward operands, its chunk-boundary states and the two cotangents."""
+    """The backward pass of chunk: the forward operands, its chunk-boundary states, the two cotangents, what was saved."""
 
     q: jax.Array
     k: jax.Array
@@ -139,6 +163,19 @@ class ChunkBackwardOperands(NamedTuple):
     states: jax.Array
     do: jax.Array
     dstate: jax.Array
+    k_in: jax.Array | None = None
+    k_out: jax.Array | None = None
+    q_in: jax.Array | None = None
+    A_qk: jax.Array | None = None
+    A_kk: jax.Array | None = None
+    solve: jax.Array | None = None
+    rows: jax.Array | None = None
+    decay: jax.Array | None = None
+
+    @property
+    def prepared(self) -> Prepared | None:
+        """What the forward pass saved; None where it is to be computed again."""
+        return None if self.k_in is None else Prepared(*(getattr(self, name) for name in Prepared._fields))
 
 
 class FlushOperands(NamedTuple):
@@ -172,3 +209,12 @@ def num_chunks(tokens: int, chunk_size: int, sequences: int | None = None) -> in
     if sequences is None:
         return -(-tokens // length)
     return min(tokens, tokens // length + sequences)
+
+
+def empty_prepared(args: ChunkOperands, spec: ChunkSpec, chunks: int) -> Prepared:
+    """Zeros, of an implementation that has no use for them."""
+    batch, _, value_heads, k_dim = args.g.shape
+    lead, size = (batch, chunks, value_heads), spec.chunk_size
+    wide, square = jnp.zeros((*lead, size, k_dim), jnp.float16), jnp.zeros((*lead, size, size), jnp.float16)
+    rows, decay = jnp.zeros((*lead, 3, size), jnp.float32), jnp.zeros((*lead, k_dim), jnp.float32)
+    return Prepared(wide, wide, wide, square, square, square, rows, decay)

@@ -28,8 +28,8 @@ SEQUENCES = Case("sequences", batch=3, tokens=40, value_heads=4, k_dim=8, v_dim=
 xla_on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="bits and copies of xla on CPU")
 
 
-# chunk's kernels multiply in half precision, whatever the dtype of the inputs: values keep 11 bits of each factor, as with TF32,
-# gradients the 8 bits of bfloat16, as with bfloat16 inputs.
+# chunk's kernels multiply in half precision whatever the dtype of the inputs: values keep 11 bits of each factor, as with
+# TF32, gradients the 8 bits of bfloat16, as with bfloat16 inputs.
 CHUNK_KERNELS_FLOAT32 = Tolerance(output=1e-3, state=1e-3, gradient=1e-2)
 
 

@@ -67,15 +67,19 @@ def calls(dim, pool_dtype, n=3):
     yield "vmap-decode", vmapped, stacked, True
 
 
-def custom_calls(operation):
+def operations(operation):
+    """All operations inside, at any depth."""
     for region in operation.regions:
         for block in region:
             for op in block:
-                if op.operation.name == "stablehlo.custom_call" and TARGET in str(
-                    op.operation.attributes["call_target_name"]
-                ):
-                    yield op.operation
-                yield from custom_calls(op.operation)
+                yield op.operation
+                yield from operations(op.operation)
+
+
+def custom_calls(operation):
+    for op in operations(operation):
+        if op.name == "stablehlo.custom_call" and TARGET in str(op.attributes["call_target_name"]):
+            yield op
 
 
 def inspect(function, args, donated):
@@ -96,7 +100,7 @@ def inspect(function, args, donated):
             aliases = op.attributes["output_operand_aliases"] if "output_operand_aliases" in op.attributes else ()  # noqa: SIM401
             found.append({"name": ir.StringAttr(config["name"]).value, "ptx": ptx.decode(), "aliases": len(aliases)})
     donates = "tf.aliasing_output" in text or "jax.buffer_donor" in text
-    return {"kernels": found, "donated": donates, "text_copies": text.count("stablehlo.copy")}
+    return {"kernels": found, "donated": donates, "text_copies": text.count("stablehlo.copy"), "text": text}
 
 
 def assemble(ptx):
@@ -118,6 +122,7 @@ def main():
             for pool_dtype in ("float32", "bfloat16"):
                 for name, function, args, writes in calls(dim, pool_dtype):
                     found = inspect(function, args, writes)
+                    del found["text"]
                     for kernel in found["kernels"]:
                         kernel |= assemble(kernel.pop("ptx"))
                     report[f"{name} {pool_dtype} {dim}"] = found | {"writes": writes}

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kda_jax._operands import ChunkBackwardOperands, ChunkOperands, ChunkSpec, num_chunks
+from kda_jax._operands import ChunkBackwardOperands, ChunkOperands, ChunkSpec, Prepared, num_chunks
 from kda_jax.kernels.triton import (
     chunk_backward,
     chunk_cotangents,
@@ -36,6 +36,7 @@ BACKWARD = Tile(64, 4, stages=3)
 COTANGENTS = Tile(64, 4)
 STATE_COTANGENTS = Tile(64, 4, stages=2)
 GRADIENTS_STAGES = 2
+GRADIENTS_REGISTERS = 128
 
 
 class Chunks(NamedTuple):
@@ -81,19 +82,6 @@ def level_tables() -> tuple[jax.Array, jax.Array]:
     return jnp.asarray(picks, jnp.float16), jnp.asarray(pairs, jnp.float16)
 
 
-class Prepared(NamedTuple):
-    """What ``prepare`` leaves: a tile a chunk and value head; docs/mathematics.md names the quantities."""
-
-    k_in: jax.Array  # [B, NC, HV, C, K] float16
-    k_out: jax.Array  # as k_in
-    q_in: jax.Array  # as k_in
-    A_qk: jax.Array  # [B, NC, HV, C, C] float16
-    A_kk: jax.Array  # as A_qk; [1] where it is not wanted
-    solve: jax.Array  # as A_qk
-    rows: jax.Array  # [B, NC, HV, 3, C] float32: beta, and what k and q are multiplied with
-    decay: jax.Array  # [B, NC, HV, K] float32
-
-
 def prepare(args: Any, spec: ChunkSpec, chunks: Chunks, *, with_A_kk: bool) -> Prepared:
     batch, tokens, value_heads, _ = args.v.shape
     k_dim = args.k.shape[-1]
@@ -122,12 +110,12 @@ def prepare(args: Any, spec: ChunkSpec, chunks: Chunks, *, with_A_kk: bool) -> P
 
 
 def forward(args: ChunkOperands, spec: ChunkSpec) -> tuple[jax.Array, ...]:
-    """o, the final states and, for the backward pass, the state at the start of every chunk."""
+    """o, the final states and, for the backward pass, the state at the start of every chunk and what else is to be saved."""
     batch, tokens, value_heads, v_dim = args.v.shape
     k_dim = args.k.shape[-1]
     chunks = chunks_of(args)
     sequences = 1 if args.cu_seqlens is None else args.cu_seqlens.shape[1] - 1
-    p = prepare(args, spec, chunks, with_A_kk=False)
+    p = prepare(args, spec, chunks, with_A_kk=spec.save_intermediates)
     absent = lambda x: p.decay if x is None else x
     state = (value_heads, v_dim, k_dim)
     initial_dtype = jnp.float32 if args.initial_state is None else args.initial_state.dtype
@@ -155,7 +143,9 @@ def forward(args: ChunkOperands, spec: ChunkSpec) -> tuple[jax.Array, ...]:
         SAVE_STATES=spec.states_dtype is not None,
         STAGES=FORWARD.stages,
     )
-    return outputs[:2] if spec.states_dtype is None else outputs
+    if spec.states_dtype is None:
+        return outputs[:2]
+    return outputs + (p if spec.save_intermediates else ())
 
 
 def backward(args: ChunkBackwardOperands, spec: ChunkSpec) -> tuple[jax.Array, ...]:
@@ -164,7 +154,7 @@ def backward(args: ChunkBackwardOperands, spec: ChunkSpec) -> tuple[jax.Array, .
     heads, k_dim = args.k.shape[2:]
     chunks = chunks_of(args)
     sequences = 1 if args.cu_seqlens is None else args.cu_seqlens.shape[1] - 1
-    p = prepare(args, spec, chunks, with_A_kk=True)
+    p = args.prepared or prepare(args, spec, chunks, with_A_kk=True)
     absent = lambda x: p.decay if x is None else x
     array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
     lead = batch, chunks.number, value_heads
@@ -209,7 +199,8 @@ def backward(args: ChunkBackwardOperands, spec: ChunkSpec) -> tuple[jax.Array, .
         NORMED=spec.qk_l2norm,
         **{name: constants[name] for name in ("HV", "K", "V", "BETA_RANGE", "SCALE")},
     )
-    del constants["BETA_RANGE"], constants["V"], constants["SCALE"]
+    for name in ("BETA_RANGE", "V", "SCALE", "SOFTPLUS_LINEAR_ABOVE"):
+        del constants[name]
     wide = array(jnp.bfloat16, *lead, CHUNK, k_dim)
     dq_in, dk_in, dk_out, halves = launch(
         chunk_state_cotangents.state_cotangents,
@@ -235,6 +226,7 @@ def backward(args: ChunkBackwardOperands, spec: ChunkSpec) -> tuple[jax.Array, .
         (*like(args.q, args.k, args.g), share, share),
         programs=batch * chunks.number * 2 * heads,
         warps=k_dim // 16,
+        registers=GRADIENTS_REGISTERS,
         fuse=True,
         PACKED=chunks.packed,
         STAGES=GRADIENTS_STAGES,

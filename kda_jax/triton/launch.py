@@ -42,6 +42,7 @@ def launch(
     *,
     programs: int,
     warps: int,
+    registers: int | None = None,
     in_place: Mapping[int, int] | None = None,
     fuse: bool = False,
     **constants: Any,
@@ -50,7 +51,8 @@ def launch(
 
     The kernel's parameters are the inputs (arrays, then integers), the outputs and the constants, in that order.
     ``in_place`` maps an input to the output that is the same memory. ``fuse`` lets the compiler contract products and sums;
-    not where bits must be those of another kernel. What depends on N or T is in ``programs`` and in integers that
+    not where bits must be those of another kernel. ``registers`` a thread may be fewer than the compiler would take, so that
+    more programs run at a time. What depends on N or T is in ``programs`` and in integers that
     are read at run time, so one binary serves all.
     """
     arrays = [x for x in inputs if not isinstance(x, int)]
@@ -59,6 +61,7 @@ def launch(
         tuple(x if isinstance(x, int) else jnp.dtype(x.dtype).name for x in (*inputs, *outputs)),
         programs,
         warps,
+        registers,
         fuse,
         _target.compute_capability(),
         tuple(sorted(constants.items())),
@@ -69,7 +72,7 @@ def launch(
 
 
 @functools.cache
-def _program(kernel, parameters, programs, warps, fuse, compute_capability, constants) -> bytes:
+def _program(kernel, parameters, programs, warps, registers, fuse, compute_capability, constants) -> bytes:
     """The serialised launch: PTX for the target, the grid and the parameters."""
     from jax_triton import triton_lib
 
@@ -77,7 +80,7 @@ def _program(kernel, parameters, programs, warps, fuse, compute_capability, cons
     scalars = [(i, "i32", x) for i, x in enumerate(parameters) if isinstance(x, int)]
     types = ["i32" if isinstance(x, int) else f"*{triton_lib._JAX_TO_TRITON_TYPE_MAP[jnp.dtype(x)]}" for x in parameters]
     compiled, _ = triton_lib.get_or_create_triton_kernel(
-        triton_lib.get_cuda_backend,
+        functools.partial(_cuda_backend, registers),
         "cuda",
         kernel,
         types,
@@ -96,6 +99,16 @@ def _program(kernel, parameters, programs, warps, fuse, compute_capability, cons
     ]
     call = library.TritonKernelCall(compiled, programs, 1, 1, arguments)
     return zlib.compress(call.to_proto(f"kda_{kernel.__name__}", b""))
+
+
+def _cuda_backend(registers: int | None, *args: Any) -> Any:
+    """Triton's compiler, told of the one option that jax-triton does not pass on."""
+    from jax_triton import triton_lib
+
+    backend = triton_lib.get_cuda_backend(*args)
+    parse = backend.parse_options
+    backend.parse_options = lambda options: parse({**options, "maxnreg": registers})
+    return backend
 
 
 def like(*arrays: jax.Array) -> tuple[jax.ShapeDtypeStruct, ...]:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kda_jax._operands import ChunkBackwardOperands, ChunkOperands, ChunkSpec
+from kda_jax._operands import ChunkBackwardOperands, ChunkOperands, ChunkSpec, empty_prepared
 from kda_jax.xla.decay import decayed_products, matmul, matmul_t, unit_lower_inverse
 from kda_jax.xla.layout import layout
 from kda_jax.xla.tokens import Tokens, for_value_heads, prepare
@@ -54,7 +54,11 @@ def forward(args: ChunkOperands, spec: ChunkSpec) -> tuple[jax.Array, ...]:
     final, (states, u) = chunked.scan(step, _initial_state(args, v.dtype), (w, u, d.k_out, d.decay))
     o = chunked.to_tokens(matmul_t(d.q_in, states) + matmul(d.A_qk, u)).astype(args.v.dtype)
     final = final.astype(v.dtype if args.initial_state is None else args.initial_state.dtype)
-    return (o, final) if spec.states_dtype is None else (o, final, jnp.moveaxis(states, 0, 1).astype(spec.states_dtype))
+    if spec.states_dtype is None:
+        return o, final
+    states = jnp.moveaxis(states, 0, 1).astype(spec.states_dtype)
+    # The backward pass here computes chunk after chunk again in any case.
+    return (o, final, states, *(empty_prepared(args, spec, states.shape[1]) if spec.save_intermediates else ()))
 
 
 def backward(args: ChunkBackwardOperands, spec: ChunkSpec) -> tuple[jax.Array, ...]:

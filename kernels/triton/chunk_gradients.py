@@ -14,7 +14,7 @@ decay in its exponent. These are sums of numbers over tokens, never differences 
 import triton
 import triton.language as tl
 
-from .chunk_tile import C, chunk_of, load_log_decay
+from .chunk_tile import C, chunk_of, load_log2_decay, softplus_log2
 
 T = tl.constexpr(32)
 
@@ -24,8 +24,7 @@ def gradients(q, k, g, A_log, dt_bias, dq_in, dk_in, dk_out, halves, dA_qk, dA_k
               cu_seqlens, bounds, sequences_end, tokens_end, chunks_end, dq, dk, dg, dA_log, ddt_bias,
               H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, PACKED: tl.constexpr,
               GATE: tl.constexpr, HAS_BIAS: tl.constexpr, A_LOG_STRIDE: tl.constexpr, DT_BIAS_STRIDE: tl.constexpr,
-              LOWER_BOUND: tl.constexpr, SOFTPLUS_LINEAR_ABOVE: tl.constexpr, L2NORM_EPS: tl.constexpr,
-              STAGES: tl.constexpr):  # fmt: skip
+              LOWER_BOUND: tl.constexpr, L2NORM_EPS: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """One program a half chunk and q/k head. dA_log and ddt_bias [B, NC, 2, HV, K] are its share, to be summed."""
     program = tl.program_id(0)
     late = program % 2
@@ -40,96 +39,104 @@ def gradients(q, k, g, A_log, dt_bias, dq_in, dk_in, dk_out, halves, dA_qk, dA_k
         store_zeros(row * -tokens_end + rest, rest < -tokens_end, h, dq, dk, dg, H, HV, K)
     begin += late * T
     if begin < end:
-        token = row * -tokens_end + begin + t
+        token = row * -tokens_end + begin
         valid = begin + t < end
         other = T - 2 * T * late  # from a token of this half to that of the other half
         other_valid = begin + other + t < end
-        place = ((token * H + h) * K)[None, :] + channels[:, None]
-        factors = rows + (item * HV + h * GROUP).to(tl.int64) * 3 * C + late * T + t
-        b_q = divided(q, place, valid, factors + 2 * C)
-        b_k = divided(k, place, valid, factors + C)
+        first = (token * H + h) * K
+        place = t[None, :] * (H * K) + channels[:, None]
+        factors = rows + (item * HV + h * GROUP).to(tl.int64) * 3 * C + late * T
+        b_q = divided(q + first, place, valid, factors + 2 * C + t)
+        b_k = divided(k + first, place, valid, factors + C + t)
         sum_dq = tl.zeros([K, T], tl.float32)
         sum_dk = tl.zeros([K, T], tl.float32)
         square = t[:, None] * T + t[None, :]
         for of_group in tl.range(GROUP):
             hv = h * GROUP + of_group
             tile = (item * HV + hv).to(tl.int64)
-            place_g = ((token * HV + hv) * K)[None, :] + channels[:, None]
-            b_g = load_log_decay(g, place_g, valid[None, :], row, hv, channels[:, None], A_log, dt_bias, GATE, HAS_BIAS,
-                                 A_LOG_STRIDE, DT_BIAS_STRIDE, LOWER_BOUND, SOFTPLUS_LINEAR_ABOVE, K)  # fmt: skip
+            first_g = (token * HV + hv) * K
+            place_g = t[None, :] * (HV * K) + channels[:, None]
             # Times 2^8, which the entries of ``picks`` undo, so that small log decays stay normal numbers.
+            b_g = load_log2_decay(g + first_g, place_g, valid[None, :], row, hv, channels[:, None], A_log, dt_bias, GATE, HAS_BIAS,
+                                  A_LOG_STRIDE, DT_BIAS_STRIDE, LOWER_BOUND, K)  # fmt: skip
             b_g = (b_g * 256).to(tl.float16)
-            other_g = load_log_decay(g, place_g + other * HV * K, other_valid[None, :], row, hv, channels[:, None], A_log,
-                                     dt_bias, GATE, HAS_BIAS, A_LOG_STRIDE, DT_BIAS_STRIDE, LOWER_BOUND,
-                                     SOFTPLUS_LINEAR_ABOVE, K)  # fmt: skip
+            other_g = load_log2_decay(g + first_g + other * HV * K, place_g, other_valid[None, :], row, hv, channels[:, None],
+                                      A_log, dt_bias, GATE, HAS_BIAS, A_LOG_STRIDE, DT_BIAS_STRIDE, LOWER_BOUND, K)  # fmt: skip
             other_decay = tl.exp2(tl.sum(other_g, axis=1))
-            pick_until = tl.load(picks + 5 * T * T + square)
-            pick_behind = tl.load(picks + 6 * T * T + square)
-            until = tl.exp2(tl.dot(b_g, tl.trans(pick_until)))
-            behind = tl.exp2(tl.dot(b_g, tl.trans(pick_behind)))
+            other_g = (other_g * 256).to(tl.float16)
 
-            # Through the states at the chunk's ends.
-            up = 1 / tl.load(scales + tile)
-            place_in = (tile * C + late * T + t)[None, :] * K + channels[:, None]
-            decay_in = until * tl.where(late == 1, other_decay, 1.0)[:, None]
-            of_q = tl.load(dq_in + place_in).to(tl.float32) * decay_in
-            of_k = tl.load(dk_in + place_in).to(tl.float32) * decay_in
-            b_dg = tl.dot((b_q * of_q + b_k * of_k).to(tl.bfloat16), ones(t[:, None] >= t[None, :]))
-            sum_dq = (sum_dq + of_q) * up
-            of_earlier = tl.load(dk_out + place_in).to(tl.float32) * behind
-            of_earlier *= tl.where(late == 1, 1.0, other_decay)[:, None]
-            b_dg = tl.dot((b_k * of_earlier).to(tl.bfloat16), ones(t[:, None] < t[None, :]), b_dg)
-            b_dg += tl.load(halves + (tile * 2 + late) * K + channels)[:, None]
-            sum_dk = (sum_dk + of_k + of_earlier) * up
-            b_dg *= up * 0.00390625
-
-            # Through pairs of tokens within the chunk, in what dA_qk and dA_kk count. First a token of either half.
-            place_c = tile * C * C + late * T * (C + 1)
-            place_other = place + other * H * K
-            other_k = divided(k, place_other, other_valid, factors + C + other)
-            pairs_kk = tl.load(dA_kk + place_c + other * C + t[:, None] * C + t[None, :])
-            if late == 1:
-                other_e = tl.exp2(tl.dot((other_g * 256).to(tl.float16), tl.trans(pick_behind))).to(tl.float16)
-                e_k = other_k * other_e
-                of_q = tl.dot(e_k, tl.load(dA_qk + place_c + other + t[:, None] + t[None, :] * C))
-                of_k = tl.dot(e_k, pairs_kk)
-                of_g = ((b_q * of_q + b_k * of_k) * until).to(tl.float16)
-                b_dg = tl.dot(of_g, pick_until, b_dg)
-                sum_dq += of_q * until
-                sum_dk += of_k * until
-            else:
-                other_q = divided(q, place_other, other_valid, factors + 2 * C + other)
-                other_e = tl.exp2(tl.dot((other_g * 256).to(tl.float16), tl.trans(pick_until))).to(tl.float16)
-                pairs_qk = tl.load(dA_qk + place_c + other * C + t[:, None] * C + t[None, :])
-                of_k = tl.dot(other_q * other_e, pairs_qk, tl.dot(other_k * other_e, pairs_kk)) * behind
-                b_dg = tl.dot((b_k * of_k).to(tl.float16), pick_behind, b_dg)
-                sum_dk += of_k
-
-            # Then of this half, level by level as in ``prepare``, and each with itself.
-            of_same = tl.load(dA_qk + place_c + t * (C + 1)).to(tl.float32)[None, :]
-            sum_dq += of_same * b_k
-            sum_dk += of_same * b_q
+            # Through pairs of tokens of this half, in what dA_qk and dA_kk count: of each with itself, then level by level
+            # as in ``prepare``.
+            down = tl.load(scales + tile)
+            own_qk = dA_qk + tile * C * C + late * T * (C + 1)
+            own_kk = dA_kk + tile * C * C + late * T * (C + 1)
+            place_c = t[:, None] * C + t[None, :]
+            of_same = tl.load(own_qk + t * (C + 1)).to(tl.float32)[None, :]
+            sum_dq = sum_dq * (1 / down) + of_same * b_k
+            sum_dk = sum_dk * (1 / down) + of_same * b_q
+            b_dg = tl.zeros([K, T], tl.float32)
             for level in tl.range(5, num_stages=STAGES):
                 pick = tl.load(picks + level * T * T + square)
                 pair = tl.load(pairs + level * T * T + square)
-                pairs_qk = tl.load(dA_qk + place_c + t[:, None] * C + t[None, :]) * pair
-                pairs_kk = tl.load(dA_kk + place_c + t[:, None] * C + t[None, :]) * pair
-                e = tl.exp2(tl.dot(b_g, tl.trans(pick)))
-                half = e.to(tl.float16)
-                e_q, e_k = b_q * half, b_k * half
+                pairs_qk = tl.load(own_qk + place_c) * pair
+                pairs_kk = tl.load(own_kk + place_c) * pair
+                e = tl.exp2(tl.dot(b_g, tl.trans(pick))).to(tl.float16)
+                e_q, e_k = b_q * e, b_k * e
                 of_q = tl.dot(e_k, tl.trans(pairs_qk))
-                of_k = tl.dot(e_q, pairs_qk, tl.dot(e_k, pairs_kk))
-                b_dg = tl.dot((e_q * of_q + e_k * of_k).to(tl.float16), pick, b_dg)
+                of_g = e_q * of_q.to(tl.float16)
                 sum_dq += of_q * e
+                of_k = tl.dot(e_q, pairs_qk, tl.dot(e_k, pairs_kk))
+                of_g += e_k * of_k.to(tl.float16)
                 sum_dk += of_k * e
-            down = tl.load(scales + tile)
-            sum_dq *= down
-            sum_dk *= down
-            store_dg(dg, g, dA_log, ddt_bias, b_dg * (down * 256), place_g, valid[None, :], row, hv,
+                b_dg = tl.dot(of_g, pick, b_dg)
+
+            # Through pairs of a token of either half.
+            first_other = first + other * H * K
+            pairs_kk = tl.load(own_kk + other * C + place_c)
+            other_k = divided(k + first_other, place, other_valid, factors + C + other + t)
+            if late == 1:
+                pick = tl.load(picks + 6 * T * T + square)
+                before_k = other_k * tl.exp2(tl.dot(other_g, tl.trans(pick))).to(tl.float16)
+                pick = tl.load(picks + 5 * T * T + square)
+                until = tl.exp2(tl.dot(b_g, tl.trans(pick)))
+                of_q = tl.dot(before_k, tl.load(own_qk + other + t[:, None] + t[None, :] * C)) * until
+                sum_dq += of_q
+                of_k = tl.dot(before_k, pairs_kk) * until
+                sum_dk += of_k
+                b_dg = tl.dot((b_q * of_q + b_k * of_k).to(tl.float16), pick, b_dg)
+            else:
+                pick = tl.load(picks + 5 * T * T + square)
+                other_e = tl.exp2(tl.dot(other_g, tl.trans(pick))).to(tl.float16)
+                other_q = divided(q + first_other, place, other_valid, factors + 2 * C + other + t)
+                pairs_qk = tl.load(own_qk + other * C + place_c)
+                of_k = tl.dot(other_q * other_e, pairs_qk, tl.dot(other_k * other_e, pairs_kk))
+                pick = tl.load(picks + 6 * T * T + square)
+                of_k *= tl.exp2(tl.dot(b_g, tl.trans(pick)))
+                sum_dk += of_k
+                b_dg = tl.dot((b_k * of_k).to(tl.float16), pick, b_dg)
+
+            # Through the states at the chunk's ends.
+            b_dg *= down * 256
+            first_in = (tile * C + late * T) * K
+            place_in = t[None, :] * K + channels[:, None]
+            pick = tl.load(picks + 5 * T * T + square)
+            e = tl.exp2(tl.dot(b_g, tl.trans(pick))) * tl.where(late == 1, other_decay, 1.0)[:, None]
+            of_q = tl.load(dq_in + first_in + place_in).to(tl.float32) * e
+            sum_dq = sum_dq * down + of_q
+            of_k = tl.load(dk_in + first_in + place_in).to(tl.float32) * e
+            sum_dk = sum_dk * down + of_k
+            b_dg = tl.dot((b_q * of_q + b_k * of_k).to(tl.bfloat16), ones(t[:, None] >= t[None, :]), b_dg)
+            pick = tl.load(picks + 6 * T * T + square)
+            e = tl.exp2(tl.dot(b_g, tl.trans(pick))) * tl.where(late == 1, 1.0, other_decay)[:, None]
+            of_k = tl.load(dk_out + first_in + place_in).to(tl.float32) * e
+            sum_dk += of_k
+            b_dg = tl.dot((b_k * of_k).to(tl.bfloat16), ones(t[:, None] < t[None, :]), b_dg)
+            b_dg += tl.load(halves + (tile * 2 + late) * K + channels)[:, None]
+            store_dg(dg + first_g, g + first_g, dA_log, ddt_bias, b_dg, place_g, valid[None, :], row, hv,
                      ((item * 2 + late) * HV + hv).to(tl.int64) * K, A_log, dt_bias, GATE, HAS_BIAS, A_LOG_STRIDE,
-                     DT_BIAS_STRIDE, LOWER_BOUND, SOFTPLUS_LINEAR_ABOVE, K)  # fmt: skip
-        store_undivided(dq, sum_dq, b_q, factors + 2 * C, place, valid, L2NORM_EPS)
-        store_undivided(dk, sum_dk, b_k, factors + C, place, valid, L2NORM_EPS)
+                     DT_BIAS_STRIDE, LOWER_BOUND, K)  # fmt: skip
+        store_undivided(dq + first, sum_dq, b_q, factors + 2 * C + t, place, valid, L2NORM_EPS)
+        store_undivided(dk + first, sum_dk, b_k, factors + C + t, place, valid, L2NORM_EPS)
     elif GATE is not None:  # nothing here
         for of_group in tl.range(GROUP):
             place = ((item * 2 + late) * HV + h * GROUP + of_group).to(tl.int64) * K + channels
@@ -161,9 +168,10 @@ def ones(picks):
 @triton.jit
 def store_dg(dg, g, dA_log, ddt_bias, b_dg, place, valid, row, hv, share, A_log, dt_bias, GATE: tl.constexpr,
              HAS_BIAS: tl.constexpr, A_LOG_STRIDE: tl.constexpr, DT_BIAS_STRIDE: tl.constexpr,
-             LOWER_BOUND: tl.constexpr, SOFTPLUS_LINEAR_ABOVE: tl.constexpr, K: tl.constexpr):  # fmt: skip
+             LOWER_BOUND: tl.constexpr, K: tl.constexpr):  # fmt: skip
     """The gradients of the gate's input and of its parameters from that of the log decays."""
     channels = tl.arange(0, K)
+    LOG2_E: tl.constexpr = 1.4426950408889634
     if GATE is not None:
         # Read a second time: held since the first it would cost registers.
         x = tl.load(g + place, mask=valid, other=0.0, eviction_policy="evict_first").to(tl.float32)
@@ -173,12 +181,14 @@ def store_dg(dg, g, dA_log, ddt_bias, b_dg, place, valid, row, hv, share, A_log,
         b_dg = tl.where(valid, b_dg, 0.0)
         if GATE == "softplus":
             b_dg *= -rate
-            softplus = tl.where(x > SOFTPLUS_LINEAR_ABOVE, x, tl.log(1 + tl.exp(tl.minimum(x, SOFTPLUS_LINEAR_ABOVE))))
-            tl.store(dA_log + share + channels, tl.sum(b_dg * softplus, axis=1))
-            b_dg *= tl.sigmoid(x)
-        else:
-            s = tl.sigmoid(rate * x)
-            b_dg *= LOWER_BOUND * rate * s * (1 - s)
+            tl.store(dA_log + share + channels, tl.sum(b_dg * softplus_log2(x), axis=1) * (1 / LOG2_E))
+            root = tl.rsqrt(1 + tl.exp2(x * -LOG2_E))
+            b_dg *= root * root
+        else:  # of a sigmoid s = 1 / (1 + z), which is z s^2
+            z = tl.exp2(tl.minimum(x * (rate * -LOG2_E), 60.0))
+            root = tl.rsqrt(1 + z)
+            root *= root
+            b_dg *= z * root * root * (rate * LOWER_BOUND)
             tl.store(dA_log + share + channels, tl.sum(b_dg * x, axis=1))
         if HAS_BIAS:
             tl.store(ddt_bias + share + channels, tl.sum(b_dg, axis=1))

@@ -1,0 +1,111 @@
+"""Compiles chunk's Triton kernels for sm_90 without a GPU and prints, as JSON, what the exported programs hold.
+
+A process of its own, as compiled.py.
+"""
+
+import functools
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+from compiled import array, assemble, inspect, operations
+from jax.extend.mlir import ir
+from jax.interpreters import mlir
+
+import kda_jax as kda
+
+HEADS, VALUE_HEADS = 2, 4
+GATES = {"softplus": kda.Softplus, "lower_bound": kda.LowerBound}
+assembled = functools.cache(assemble)
+
+
+def arguments(k_dim, v_dim, *, batch=1, tokens=500, dtype="bfloat16", gate="softplus", sequences=None):
+    """The arrays of a call. Decays are float32, so that what has the size of g and the dtype of q is a repeated q or k."""
+    lead = batch, tokens
+    q, v = array(*lead, HEADS, k_dim, dtype=dtype), array(*lead, VALUE_HEADS, v_dim, dtype=dtype)
+    g, beta = array(*lead, VALUE_HEADS, k_dim, dtype="float32"), array(*lead, VALUE_HEADS, dtype=dtype)
+    state = array(sequences or batch, VALUE_HEADS, v_dim, k_dim, dtype="float32")
+    named = {"q": q, "k": q, "v": v, "g": g, "beta": beta, "initial_state": state}
+    if gate is not None:
+        parameters = array(VALUE_HEADS, dtype="float32"), array(VALUE_HEADS, k_dim, dtype="float32")
+        named["gate"] = GATES[gate](*parameters)
+    return named | ({} if sequences is None else {"cu_seqlens": array(sequences + 1, dtype="int32")})
+
+
+def forward(named, qk_l2norm=True):
+    return kda.chunk(**named, qk_l2norm=qk_l2norm, beta_sigmoid=True)
+
+
+def gradient(named, **options):
+    def loss(wrt):
+        return sum(jnp.sum(x.astype(jnp.float32) ** 2) for x in forward(named | wrt, **options))
+
+    return jax.grad(loss)({name: x for name, x in named.items() if name != "cu_seqlens"})
+
+
+def repeating(named):
+    """What the kernels spare: to see that ``repeated`` would find it."""
+    return forward(named | {name: jnp.repeat(named[name], VALUE_HEADS // HEADS, axis=2) for name in ("q", "k")})
+
+
+def calls():
+    """Name, function and its arguments: all head dimensions, then the options that make other kernels."""
+    for k_dim, v_dim in ((64, 64), (128, 128), (64, 128), (128, 64)):
+        yield f"forward {k_dim} {v_dim}", forward, arguments(k_dim, v_dim)
+        yield f"gradient {k_dim} {v_dim}", gradient, arguments(k_dim, v_dim)
+    yield "lower-bound", gradient, arguments(128, 128, gate="lower_bound")
+    yield "log-decay", gradient, arguments(128, 128, gate=None)
+    yield "raw", functools.partial(gradient, qk_l2norm=False), arguments(128, 128)
+    yield "packed", gradient, arguments(128, 128, sequences=5)
+    yield "float32", gradient, arguments(128, 128, dtype="float32")
+    yield "vmap", jax.vmap(gradient), stacked(arguments(64, 128))
+    named = arguments(64, 128, sequences=5)
+    shared = {"gate": named.pop("gate")}
+    axes = {"gate": None} | dict.fromkeys(named, 0)
+    yield "vmap-packed", jax.vmap(gradient, in_axes=(axes,)), stacked(named) | shared
+    yield "repeating", repeating, arguments(64, 128)
+
+
+def stacked(named):
+    return jax.tree.map(lambda x: array(3, *x.shape, dtype=x.dtype), named)
+
+
+SIZES = (
+    *({"tokens": tokens, "batch": batch} for tokens, batch in ((500, 1), (1000, 1), (65, 1), (500, 4))),
+    *({"tokens": tokens, "sequences": sequences} for tokens, sequences in ((500, 2), (1000, 2), (500, 9))),
+)
+
+
+def repeated(text, named):
+    """What has as many elements, in their dtype, as q and k repeated to the value heads."""
+    size, element = math.prod(named["g"].shape), {"bfloat16": "bf16"}[named["q"].dtype.name]
+    found = set()
+    with mlir.make_ir_context():
+        for op in operations(ir.Module.parse(text).operation):
+            for value in (*op.operands, *op.results):
+                shape, _, dtype = str(value.type).removeprefix("tensor<").removesuffix(">").rpartition("x")
+                if dtype == element and math.prod(map(int, shape.split("x"))) == size:
+                    found.add(f"{op.name} {value.type}")
+    return sorted(found)
+
+
+def main():
+    report = {}
+    with kda.cuda_target("9.0"):
+        for name, function, named in calls():
+            found = inspect(function, (named,), False)
+            kernels = [{"name": kernel["name"]} | assembled(kernel["ptx"]) for kernel in found["kernels"]]
+            report[name] = {"kernels": kernels}
+            if named["g"].shape != named["v"].shape:
+                report[name]["repeated"] = repeated(found["text"], named)
+        report["binaries"] = {}
+        for sizes in SIZES:
+            found = inspect(gradient, (arguments(64, 128, **sizes),), False)
+            of = report["binaries"].setdefault("packed" if "sequences" in sizes else "rows", [])
+            of.append([hash(kernel["ptx"]) for kernel in found["kernels"]])
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""chunk's Triton kernels lowered and compiled for sm_90 without a GPU, by tests/compiled_chunk.py in a process of its own."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+pytest.importorskip("jax_triton")
+
+FORWARD = ["prepare", "forward"]
+GRADIENT = [*FORWARD, "prepare", "backward", "cotangents", "state_cotangents", "gradients"]
+DIMS = "64 64", "128 128", "64 128", "128 64"
+KERNELS = (
+    {f"forward {dims}": FORWARD for dims in DIMS}
+    | {f"gradient {dims}": GRADIENT for dims in DIMS}
+    | dict.fromkeys(["lower-bound", "log-decay", "raw", "packed", "float32", "vmap", "vmap-packed"], GRADIENT)
+)
+# Bytes that a thread keeps in memory for want of registers, at most, in any of the calls; none in kernels that are not here.
+SPILLS = {"prepare": 776, "forward": 172, "backward": 284, "cotangents": 112, "state_cotangents": 8, "gradients": 236}
+calls = pytest.mark.parametrize("call", KERNELS)
+
+
+@pytest.fixture(scope="module")
+def report():
+    script = pathlib.Path(__file__).with_name("compiled_chunk.py")
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, script], env=env | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@calls
+def test_program_holds_the_kernels(report, call):
+    """Each once, vmapped too; what does not depend on the state is computed again in the backward pass."""
+    assert [kernel["name"].removeprefix("kda_") for kernel in report[call]["kernels"]] == KERNELS[call]
+
+
+@calls
+def test_spills_are_within_what_is_documented(report, call):
+    spilled = {kernel["name"].removeprefix("kda_"): kernel["spilled"] for kernel in report[call]["kernels"]}
+    assert {name: n for name, n in spilled.items() if n > SPILLS.get(name, 0)} == {}
+
+
+def test_documented_spills_are_met(report):
+    """So that the table is brought down with the kernels."""
+    kernels = [kernel for call in KERNELS for kernel in report[call]["kernels"]]
+    for name, documented in SPILLS.items():
+        assert max(kernel["spilled"] for kernel in kernels if kernel["name"] == f"kda_{name}") >= documented / 2, name
+
+
+def test_queries_and_keys_are_not_repeated_to_value_heads(report):
+    """No array in their dtype has the size that they would have then, in forward and backward pass."""
+    found = {call: report[call]["repeated"] for call in report if "repeated" in report[call]}
+    assert found.pop("repeating") != []
+    assert len(found) >= 6
+    assert set(map(tuple, found.values())) == {()}
+
+
+@pytest.mark.parametrize("layout", ["rows", "packed"])
+def test_one_binary_serves_every_length_and_number_of_sequences(report, layout):
+    binaries = report["binaries"][layout]
+    assert len(binaries) >= 3
+    assert all(some == binaries[0] for some in binaries)
