@@ -1,7 +1,7 @@
 """chunk's backward pass, third launch: the cotangents of what a chunk's products were made of, for all chunks at once.
 
-Bound: memory, about 0.17 MB a chunk and value head at K = V = 128, the chunk's first state the largest part; 8 MFLOP. What the
-forward pass did not keep is computed again from that state. The gradients of v and beta are done here.
+Bound: memory, about 0.17 MB a chunk and value head at K = V = 128, the chunk's first state the largest part; 8 MFLOP. What
+the forward pass did not keep is computed again from that state. The gradients of v and beta are done here.
 
 The cotangents of A_qk and A_kk leave as float16, scaled by a power of two that takes the larger of them near 2^6.
 """
@@ -13,8 +13,8 @@ from .chunk_tile import C, chunk_of, power_scale
 
 
 @triton.jit
-def cotangents(v, beta, do, states, dsolved, k_in, A_kk, solve, rows, cu_seqlens, bounds, sequences_end, tokens_end, chunks_end,
-               dv, dbeta, u, dA_qk, dA_kk, scales,
+def cotangents(v, beta, do, states, dsolved, k_in, A_kk, solve, rows, cu_seqlens, bounds, sequences_end, tokens_end,
+               chunks_end, dv, dbeta, u, dA_qk, dA_kk, scales,
                HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, PACKED: tl.constexpr, NORMED: tl.constexpr,
                BETA_RANGE: tl.constexpr, SCALE: tl.constexpr):  # fmt: skip
     """One program a chunk and value head.

@@ -1,9 +1,9 @@
 """chunk, second launch: the state carried from chunk to chunk, and the outputs.
 
-Bound: the chain of a chunk's products, one chunk after the other: four in a row, each waiting for the last. So nothing else is in
-it: a program keeps its rows of the state in registers, as the left operand of all products, whose right operands come
-from ``prepare`` ready to be used, requested some chunks ahead; a product's result is the next one's left operand without
-leaving the registers. Outputs are computed beside the chain, so no state is written but those that training keeps.
+Bound: the chain of a chunk's products, one chunk after the other: four in a row, each waiting for the last. So nothing else is
+in it: a program keeps its rows of the state in registers, as the left operand of all products, whose right operands come from
+``prepare`` ready to be used, requested some chunks ahead; a product's result is the next one's left operand without leaving
+the registers. Outputs are computed beside the chain, so no state is written but those that training keeps.
 """
 
 import triton
@@ -13,8 +13,8 @@ from .chunk_tile import C, power_scale, sequence_of
 
 
 @triton.jit
-def forward(v, k_in, k_out, q_in, A_qk, solve, rows, decay, initial_state, cu_seqlens, first_chunks, sequences_end, tokens_end,
-            chunks_end, o, final_state, states,
+def forward(v, k_in, k_out, q_in, A_qk, solve, rows, decay, initial_state, cu_seqlens, first_chunks, sequences_end,
+            tokens_end, chunks_end, o, final_state, states,
             HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr,
             SCALE: tl.constexpr, NORMED: tl.constexpr, HAS_INITIAL_STATE: tl.constexpr, SAVE_STATES: tl.constexpr,
             STAGES: tl.constexpr):  # fmt: skip
@@ -74,9 +74,8 @@ def forward(v, k_in, k_out, q_in, A_qk, solve, rows, decay, initial_state, cu_se
         tl.store(o + place_v, tl.trans(b_o.to(o.dtype.element_ty)), mask=(token < end)[:, None])
     for part in tl.static_range(PARTS):
         tl.store(final_state + in_state + part * C, s[part].to(final_state.dtype.element_ty))
-    if PACKED:
-        if head // HV % -sequences_end == -sequences_end - 1:  # tokens behind the row's last sequence
-            for token in tl.range(end, -tokens_end, C):
-                place_v = ((row * -tokens_end + token + t) * HV + hv)[:, None] * V + offsets_v[None, :]
-                zero = tl.zeros([C, BV], o.dtype.element_ty)
-                tl.store(o + place_v, zero, mask=(token + t < -tokens_end)[:, None])
+    if PACKED and head // HV % -sequences_end == -sequences_end - 1:  # tokens behind the row's last sequence
+        for token in tl.range(end, -tokens_end, C):
+            place_v = ((row * -tokens_end + token + t) * HV + hv)[:, None] * V + offsets_v[None, :]
+            zero = tl.zeros([C, BV], o.dtype.element_ty)
+            tl.store(o + place_v, zero, mask=(token + t < -tokens_end)[:, None])

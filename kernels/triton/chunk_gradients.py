@@ -1,11 +1,11 @@
 """chunk's backward pass, last launch: the gradients of q, k and g, for all chunks at once.
 
-Bound: memory, 0.2 MB a chunk and value head at K = 128, with some 10 MFLOP; what it has to be kept from is being bound by what
-stands between the products. So tiles are held channels by tokens, [K, T]: then every product over tokens has on its left what
-was just computed, in the registers that it is in, and on its right one of a few [T, T] matrices, which come from memory.
-T = 32 tokens are half a chunk: all of a half fits into half of the registers, so that two programs share a multiprocessor and
-one computes while the other waits. A program has all channels of a head, and takes the value heads of a group one after the
-other, so that the gradients of their q and k are summed in registers: no atomics, one order of summation.
+Bound: memory, 0.2 MB a chunk and value head at K = 128, with some 10 MFLOP; what it has to be kept from is being bound by
+what stands between the products. So tiles are held channels by tokens, [K, T]: then every product over tokens has on its
+left what was just computed, in the registers that it is in, and on its right one of a few [T, T] matrices, which come from
+memory. T = 32 tokens are half a chunk: all of a half fits into half of the registers, so that two programs share a
+multiprocessor and one computes while the other waits. A program has all channels of a head, and takes the value heads of a
+group one after the other, so that the gradients of their q and k are summed in registers: no atomics, one order of summation.
 
 Decay is differentiated through its logarithm: the gradient of an exponential, times the exponential, belongs to every log
 decay in its exponent. These are sums of numbers over tokens, never differences of sums, so that no digits cancel.
@@ -57,11 +57,12 @@ def gradients(q, k, g, A_log, dt_bias, dq_in, dk_in, dk_out, halves, dA_qk, dA_k
             first_g = (token * HV + hv) * K
             place_g = t[None, :] * (HV * K) + channels[:, None]
             # Times 2^8, which the entries of ``picks`` undo, so that small log decays stay normal numbers.
-            b_g = load_log2_decay(g + first_g, place_g, valid[None, :], row, hv, channels[:, None], A_log, dt_bias, GATE, HAS_BIAS,
-                                  A_LOG_STRIDE, DT_BIAS_STRIDE, LOWER_BOUND, K)  # fmt: skip
+            b_g = load_log2_decay(g + first_g, place_g, valid[None, :], row, hv, channels[:, None], A_log, dt_bias, GATE,
+                                  HAS_BIAS, A_LOG_STRIDE, DT_BIAS_STRIDE, LOWER_BOUND, K)  # fmt: skip
             b_g = (b_g * 256).to(tl.float16)
-            other_g = load_log2_decay(g + first_g + other * HV * K, place_g, other_valid[None, :], row, hv, channels[:, None],
-                                      A_log, dt_bias, GATE, HAS_BIAS, A_LOG_STRIDE, DT_BIAS_STRIDE, LOWER_BOUND, K)  # fmt: skip
+            other_g = load_log2_decay(g + first_g + other * HV * K, place_g, other_valid[None, :], row, hv,
+                                      channels[:, None], A_log, dt_bias, GATE, HAS_BIAS, A_LOG_STRIDE, DT_BIAS_STRIDE,
+                                      LOWER_BOUND, K)  # fmt: skip
             other_decay = tl.exp2(tl.sum(other_g, axis=1))
             other_g = (other_g * 256).to(tl.float16)
 
