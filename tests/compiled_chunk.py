@@ -33,8 +33,8 @@ def arguments(k_dim, v_dim, *, batch=1, tokens=500, dtype="bfloat16", gate="soft
     return named | ({} if sequences is None else {"cu_seqlens": array(sequences + 1, dtype="int32")})
 
 
-def forward(named, qk_l2norm=True):
-    return kda.chunk(**named, qk_l2norm=qk_l2norm, beta_sigmoid=True)
+def forward(named, qk_l2norm=True, **options):
+    return kda.chunk(**named, qk_l2norm=qk_l2norm, beta_sigmoid=True, **options)
 
 
 def gradient(named, **options):
@@ -57,23 +57,19 @@ def calls():
     yield "lower-bound", gradient, arguments(128, 128, gate="lower_bound")
     yield "log-decay", gradient, arguments(128, 128, gate=None)
     yield "raw", functools.partial(gradient, qk_l2norm=False), arguments(128, 128)
-    yield "packed", gradient, arguments(128, 128, sequences=5)
     yield "float32", gradient, arguments(128, 128, dtype="float32")
-    yield "vmap", jax.vmap(gradient), stacked(arguments(64, 128))
-    named = arguments(64, 128, sequences=5)
-    shared = {"gate": named.pop("gate")}
-    axes = {"gate": None} | dict.fromkeys(named, 0)
-    yield "vmap-packed", jax.vmap(gradient, in_axes=(axes,)), stacked(named) | shared
+    yield "packed", gradient, arguments(128, 64, sequences=5)
+    yield "saved", functools.partial(gradient, save_intermediates=True), arguments(128, 64)
+    for name, sequences in (("vmap", None), ("vmap-packed", 5)):
+        one = arguments(128, 64, sequences=sequences)
+        mapped = {key: array(3, *x.shape, dtype=x.dtype) for key, x in one.items() if key != "gate"}
+        yield name, jax.vmap(gradient, in_axes=({"gate": None} | dict.fromkeys(mapped, 0),)), one | mapped
     yield "repeating", repeating, arguments(64, 128)
 
 
-def stacked(named):
-    return jax.tree.map(lambda x: array(3, *x.shape, dtype=x.dtype), named)
-
-
 SIZES = (
-    *({"tokens": tokens, "batch": batch} for tokens, batch in ((500, 1), (1000, 1), (65, 1), (500, 4))),
-    *({"tokens": tokens, "sequences": sequences} for tokens, sequences in ((500, 2), (1000, 2), (500, 9))),
+    *({"tokens": tokens, "batch": batch} for tokens, batch in ((500, 1), (1000, 1), (1024, 1), (1, 4))),
+    *({"tokens": tokens, "sequences": sequences} for tokens, sequences in ((500, 2), (1024, 2), (500, 16))),
 )
 
 
@@ -101,7 +97,7 @@ def main():
                 report[name]["repeated"] = repeated(found["text"], named)
         report["binaries"] = {}
         for sizes in SIZES:
-            found = inspect(gradient, (arguments(64, 128, **sizes),), False)
+            found = inspect(gradient, (arguments(128, 64, **sizes),), False)
             of = report["binaries"].setdefault("packed" if "sequences" in sizes else "rows", [])
             of.append([hash(kernel["ptx"]) for kernel in found["kernels"]])
     print(json.dumps(report))

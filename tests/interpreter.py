@@ -139,7 +139,7 @@ def launch_tiles(kernel, inputs, outputs, *, heads, tile, **options):
     return launch(kernel, inputs, outputs, programs=heads * (options["V"] // rows), warps=tile.warps, BV=rows, **options)
 
 
-def launch(kernel, inputs, outputs, *, programs, warps, in_place=None, fuse=False, **constants):
+def launch(kernel, inputs, outputs, *, programs, warps, registers=None, in_place=None, fuse=False, **constants):
     """As ``kda_jax.triton.launch.launch``, eagerly; an output starts as poison, unless it is an input's memory."""
     owned: dict[int, Memory] = {}
     arguments = []

@@ -79,8 +79,8 @@ def cotangents(call, seed=1):
 def step(call, do, dstate):
     """Both passes on the kernels; the gate's gradients a row."""
     operands, spec, _ = call
-    o, state, states = chunk_calls.forward(operands, spec)
-    grads = chunk_calls.backward(ChunkBackwardOperands(*operands, states, do, dstate), spec)
+    o, state, states, *saved = chunk_calls.forward(operands, spec)
+    grads = chunk_calls.backward(ChunkBackwardOperands(*operands, states, do, dstate, *saved), spec)
     names = [name for name in WRT if getattr(operands, name) is not None]
     return Step(o, state, states, dict(zip(names, map(np.asarray, grads), strict=True)))
 
@@ -319,12 +319,20 @@ def test_a_row_is_the_same_alone(packed, shared):
         assert_equal(x, np.concatenate([some.grads[name] for some in alone]))
 
 
-def test_without_states_kept_and_without_an_initial_state():
-    """Inference keeps no states; no initial state is one of zeros."""
+@pytest.mark.parametrize("offsets", [None, (0, 33, 33, 70)], ids=["unpacked", "packed"])
+def test_what_is_kept_between_the_passes_changes_nothing(offsets):
+    """Intermediates saved are those computed again; inference keeps no states."""
+    call = draw(dataclasses.replace(BASE, cu_seqlens=offsets))
+    given = cotangents(call)
+    found = step(call, *given)
+    assert_equal(step(call._replace(spec=dataclasses.replace(call.spec, save_intermediates=True)), *given), found)
+    assert_equal(chunk_calls.forward(call.operands, dataclasses.replace(call.spec, states_dtype=None)), found[:2])
+
+
+def test_no_initial_state_is_one_of_zeros():
     call = draw(BASE).replace(initial_state=np.zeros((1, 1, 64, 64), np.float32))
     given = cotangents(call)
     found = step(call, *given)
-    assert_equal(chunk_calls.forward(call.operands, dataclasses.replace(call.spec, states_dtype=None)), found[:2])
     absent = step(call.replace(initial_state=None), *given)
     assert_equal(absent[:3], found[:3])
     assert_equal(absent.grads, {name: x for name, x in found.grads.items() if name != "initial_state"})

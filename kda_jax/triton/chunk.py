@@ -30,7 +30,7 @@ class Tile(NamedTuple):
     stages: int = 1
 
 
-PREPARE = Tile(64, 4)
+PREPARE = Tile(32, 4)
 FORWARD = Tile(64, 4, stages=3)
 BACKWARD = Tile(64, 4, stages=3)
 COTANGENTS = Tile(64, 4)
@@ -82,6 +82,23 @@ def level_tables() -> tuple[jax.Array, jax.Array]:
     return jnp.asarray(picks, jnp.float16), jnp.asarray(pairs, jnp.float16)
 
 
+def block_tables() -> tuple[jax.Array, jax.Array]:
+    """What ``prepare`` sums log decays with: 2^-8 where the sum of a row's token contains the column's, in float16.
+
+    picks [6, 16, 16], within a block of 16 tokens: of a token's side of a pair at levels 0 to 3, up to and with it, and behind
+    it. edges [2, 64, 64], of whole blocks, for two sums that the two halves of a block's rows hold: all before it and all
+    behind it; those before it but for the first, and but for the first two.
+    """
+    t, j = np.arange(16)[:, None], np.arange(16)
+    middle = lambda level: ((t >> level) | 1) << level  # of t's block of 2^(level + 1) tokens
+    until = [np.where(t >= middle(n), (j >= middle(n)) & (j <= t), (j > t) & (j < middle(n))) for n in range(4)]
+    picks = *until, j <= t, j > t
+    t, j = np.arange(64)[:, None], np.arange(64) // 16
+    own, first = t // 16, t % 16 < 8
+    edges = np.where(first, j < own, j > own), (j < own) & (j >= np.where(first, 1, 2))
+    return tuple(jnp.asarray(np.stack(x) * 2.0**-8, jnp.float16) for x in (picks, edges))
+
+
 def prepare(args: Any, spec: ChunkSpec, chunks: Chunks, *, with_A_kk: bool) -> Prepared:
     batch, tokens, value_heads, _ = args.v.shape
     k_dim = args.k.shape[-1]
@@ -96,7 +113,7 @@ def prepare(args: Any, spec: ChunkSpec, chunks: Chunks, *, with_A_kk: bool) -> P
         *launch(
             chunk_prepare.prepare,
             (args.q, args.k, args.g, args.beta, absent(args.A_log), absent(args.dt_bias), absent(chunks.bounds))
-            + (-tokens, -chunks.number),
+            + (*block_tables(), -tokens, -chunks.number),
             (wide, wide, wide, square, square if with_A_kk else half(1), square, full(*lead, 3, CHUNK), full(*lead, k_dim)),
             programs=batch * chunks.number * value_heads,
             warps=PREPARE.warps,

@@ -14,7 +14,7 @@ decay in its exponent. These are sums of numbers over tokens, never differences 
 import triton
 import triton.language as tl
 
-from .chunk_tile import C, chunk_of, load_log2_decay, softplus_log2
+from .chunk_tile import C, chunk_of, gate_rate, load_log2_decay, softplus_log2
 
 T = tl.constexpr(32)
 
@@ -56,15 +56,14 @@ def gradients(q, k, g, A_log, dt_bias, dq_in, dk_in, dk_out, halves, dA_qk, dA_k
             tile = (item * HV + hv).to(tl.int64)
             first_g = (token * HV + hv) * K
             place_g = t[None, :] * (HV * K) + channels[:, None]
-            # Times 2^8, which the entries of ``picks`` undo, so that small log decays stay normal numbers.
-            b_g = load_log2_decay(g + first_g, place_g, valid[None, :], row, hv, channels[:, None], A_log, dt_bias, GATE,
-                                  HAS_BIAS, A_LOG_STRIDE, DT_BIAS_STRIDE, LOWER_BOUND, K)  # fmt: skip
-            b_g = (b_g * 256).to(tl.float16)
-            other_g = load_log2_decay(g + first_g + other * HV * K, place_g, other_valid[None, :], row, hv,
-                                      channels[:, None], A_log, dt_bias, GATE, HAS_BIAS, A_LOG_STRIDE, DT_BIAS_STRIDE,
-                                      LOWER_BOUND, K)  # fmt: skip
-            other_decay = tl.exp2(tl.sum(other_g, axis=1))
-            other_g = (other_g * 256).to(tl.float16)
+            rate = 0.0
+            if GATE is not None:
+                rate = gate_rate(A_log + row * A_LOG_STRIDE + hv)
+            bias = dt_bias + row * DT_BIAS_STRIDE + hv * K + channels[:, None]
+            b_g = load_log2_decay(g + first_g + place_g, valid[None, :], rate, bias, GATE, HAS_BIAS, LOWER_BOUND)
+            other_g = load_log2_decay(g + first_g + other * HV * K + place_g, other_valid[None, :], rate, bias, GATE, HAS_BIAS,
+                                      LOWER_BOUND)  # fmt: skip
+            other_decay = tl.exp2(tl.sum(other_g.to(tl.float32), axis=1) * 0.00390625)
 
             # Through pairs of tokens of this half, in what dA_qk and dA_kk count: of each with itself, then level by level
             # as in ``prepare``.

@@ -15,11 +15,11 @@ I + beta A_kk is built up over the same blocks.
 import triton
 import triton.language as tl
 
-from .chunk_tile import C, block_diagonal, blocks, chunk_of, crosses, halves, load_log2_decay, sums, unblocked, until
+from .chunk_tile import C, block_diagonal, blocks, chunk_of, crosses, gate_rate, load_log2_decay, unblocked
 
 
 @triton.jit
-def prepare(q, k, g, beta, A_log, dt_bias, bounds, tokens_end, chunks_end,
+def prepare(q, k, g, beta, A_log, dt_bias, bounds, picks, edges, tokens_end, chunks_end,
             k_in, k_out, q_in, A_qk, A_kk, solve, rows, decay,
             H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, PACKED: tl.constexpr,
             GATE: tl.constexpr, HAS_BIAS: tl.constexpr, A_LOG_STRIDE: tl.constexpr, DT_BIAS_STRIDE: tl.constexpr,
@@ -35,29 +35,31 @@ def prepare(q, k, g, beta, A_log, dt_bias, bounds, tokens_end, chunks_end,
     hv = program % HV
     row, begin, end = chunk_of(item, tokens_end, chunks_end, bounds, PACKED)
     if begin < end:
-        t = tl.arange(0, C)
+        t = natural(C)
         i = tl.arange(0, C)[None, :]
         token = row * -tokens_end + begin + t
         valid = begin + t < end
         head_qk = (token * H + hv // (HV // H))[:, None] * K
         head_g = (token * HV + hv)[:, None] * K
-        q_factor, _ = factor(q, head_qk, valid, K, BK, L2NORM_EPS)
+        q_factor, q_size = factor(q, head_qk, valid, K, BK, L2NORM_EPS)
         k_factor, k_size = factor(k, head_qk, valid, K, BK, L2NORM_EPS)
         b = tl.load(beta + token * HV + hv, mask=valid, other=0.0).to(tl.float32)
         if BETA_RANGE is not None:
             b = tl.where(valid, BETA_RANGE * tl.sigmoid(b), 0.0)
         b *= k_size * k_size
 
+        rate = 0.0
+        if GATE is not None:
+            rate = gate_rate(A_log + row * A_LOG_STRIDE + hv)
+
         small_t = tl.arange(0, 16)[None, :, None]
         small_i = tl.arange(0, 16)[None, None, :]
         block = tl.arange(0, 4)[:, None, None]
-        others = (t // 16)[:, None]
-        j = i // 16
-        first = (t % 16 < 8)[:, None]
-        ends = tl.where(first, j < others, j > others).to(tl.float16)
-        middle = ((others == 0) & (j == 1)) | ((others == 3) & (j == 2))
-        middle = (middle | (t % 16 >= 8)[:, None]).to(tl.float16)
-        pairs = tl.where((others % 2 == 1) & (j == others - 1), 1.0, 0.0)
+        edge = tl.arange(0, C)[:, None] * C + i
+        first_edges, second_edges = tl.load(edges + edge), tl.load(edges + C * C + edge)
+        pick = picks + block * 0 + small_t * 16 + small_i
+        until = tl.load(pick), tl.load(pick + 256), tl.load(pick + 512), tl.load(pick + 768)
+        up_to, behind = tl.load(pick + 1024), tl.load(pick + 1280)
 
         products_q = tl.zeros([C, C], tl.float32)
         products_k = tl.zeros([C, C], tl.float32)
@@ -70,41 +72,50 @@ def prepare(q, k, g, beta, A_log, dt_bias, bounds, tokens_end, chunks_end,
             b_q = tl.load(q + head_qk + offsets_k, mask=valid[:, None], other=0.0).to(tl.float32) * q_factor[:, None]
             b_k = tl.load(k + head_qk + offsets_k, mask=valid[:, None], other=0.0).to(tl.float32) * k_factor[:, None]
             dots += tl.sum(b_q * b_k, axis=1)
-            b_q, b_k = blocks(b_q.to(tl.float16)), blocks(b_k.to(tl.float16))
-            b_g = load_log2_decay(g, head_g + offsets_k, valid[:, None], row, hv, offsets_k, A_log, dt_bias,
-                                  GATE, HAS_BIAS, A_LOG_STRIDE, DT_BIAS_STRIDE, LOWER_BOUND, K)  # fmt: skip
-            high, low = halves(b_g)
-            small_high, small_low = blocks(high), blocks(low)
+            b_q, b_k = in_blocks(b_q.to(tl.float16)), in_blocks(b_k.to(tl.float16))
+            b_g = load_log2_decay(g + head_g + offsets_k, valid[:, None], rate,
+                                  dt_bias + row * DT_BIAS_STRIDE + hv * K + offsets_k, GATE, HAS_BIAS, LOWER_BOUND)  # fmt: skip
+            b_g = in_blocks(b_g)
             for level in tl.static_range(4):
-                e = decay_of(small_high, small_low, until(small_t, small_i, level))
+                e = tl.exp2(tl.dot(until[level], b_g)).to(tl.float16)
                 rows_q, rows_k = b_q * e, b_k * e
-                small_pairs = crosses(small_t, small_i, level)
-                small_q += tl.where(small_pairs, tl.dot(rows_q, tl.permute(rows_k, (0, 2, 1))), 0.0)
-                small_k += tl.where(small_pairs, tl.dot(rows_k, tl.permute(rows_k, (0, 2, 1))), 0.0)
+                columns = tl.permute(rows_k, (0, 2, 1))
+                small_pairs = opposite(small_t, small_i, level)
+                small_q += tl.where(small_pairs, tl.dot(rows_q, columns), 0.0)
+                small_k += tl.where(small_pairs, tl.dot(rows_k, columns), 0.0)
 
-            e = decay_of(small_high, small_low, small_t >= small_i)
-            up_q, up_k = b_q * e, b_k * e
-            down_k = b_k * decay_of(small_high, small_low, small_t < small_i)
-            columns = tl.trans(unblocked(down_k))
-            products_q += pairs * tl.dot(unblocked(up_q), columns)
-            products_k += pairs * tl.dot(unblocked(up_k), columns)
-            before, after = of_blocks(tl.exp2(sums(high, low, ends)))
-            mid, whole = of_blocks(tl.exp2(sums(high, low, middle)))
-            e = tl.where(block >= 2, mid, 0.0)
-            columns = tl.trans(scaled(down_k, tl.where(block < 2, mid, 0.0)))
-            products_q = tl.dot(scaled(up_q, e), columns, products_q)
-            products_k = tl.dot(scaled(up_k, e), columns, products_k)
+            up = tl.exp2(tl.dot(up_to, b_g))
+            _, last_up = of_blocks(unblocked(up))
+            up = up.to(tl.float16)
+            up_q, up_k = b_q * up, b_k * up
+            down_k = b_k * tl.exp2(tl.dot(behind, b_g)).to(tl.float16)
+            b_g = unblocked(b_g)
+            before, after = of_blocks(tl.exp2(tl.dot(first_edges, b_g)))
+            from_1, from_2 = of_blocks(tl.exp2(tl.dot(second_edges, b_g)))
+            columns = tl.trans(unblocked(only(down_k, block == 2)))
+            products_q = tl.dot(unblocked(up_q), columns, products_q)
+            products_k = tl.dot(unblocked(up_k), columns, products_k)
+            columns = tl.trans(unblocked(only(down_k, block == 1)))
+            products_q = tl.dot(unblocked(scaled(up_q, from_2)), columns, products_q)
+            products_k = tl.dot(unblocked(scaled(up_k, from_2)), columns, products_k)
+            columns = tl.trans(unblocked(only(down_k, block == 0)))
+            products_q = tl.dot(unblocked(scaled(up_q, from_1)), columns, products_q)
+            products_k = tl.dot(unblocked(scaled(up_k, from_1)), columns, products_k)
 
             place = (tile + t[:, None]) * K + offsets_k
-            tl.store(k_in + place, scaled(up_k, before))
-            tl.store(q_in + place, scaled(up_q, before))
-            tl.store(k_out + place, scaled(down_k, after))
-            at = program.to(tl.int64) * K + part * BK + tl.arange(0, BK)[None, None, :]
-            lone = (block == 0) & (tl.arange(0, 8)[None, :, None] == 0)
-            tl.store(decay + at + tl.zeros([4, 8, BK], tl.int32), whole, mask=lone)
+            tl.store(k_in + place, out_of_blocks(scaled(up_k, before)))
+            tl.store(q_in + place, out_of_blocks(scaled(up_q, before)))
+            tl.store(k_out + place, out_of_blocks(scaled(down_k, after)))
+            at = program.to(tl.int64) * K + part * BK + channels(BK)[None, None, :]
+            lone = (block == 3) & (tl.arange(0, 8)[None, :, None] == 7)
+            tl.store(decay + at + tl.zeros([4, 8, BK], tl.int32), last_up * before, mask=lone)
 
-        small_q += tl.where(small_t == small_i, blocks(dots[:, None]), 0.0)
-        products_q += block_diagonal(small_q)
+        below = tl.arange(0, C)[:, None] // 16 > i // 16
+        products_q = tl.where(below, products_q, block_diagonal(small_q))
+        products_k = tl.where(below, products_k, 0.0)
+        t = tl.arange(0, C)
+        b, dots = in_order(b), in_order(dots)
+        products_q += tl.where(t[:, None] == i, dots[:, None], 0.0)
         inverse = unit_lower_inverse(blocks(b[:, None]) * small_k, b[:, None] * products_k)
         products_k += block_diagonal(small_k)
         place = (tile + t[:, None]) * C + i
@@ -114,14 +125,48 @@ def prepare(q, k, g, beta, A_log, dt_bias, bounds, tokens_end, chunks_end,
         tl.store(solve + place, inverse.to(tl.float16))
         place = 3 * tile + t
         tl.store(rows + place, b)
+        place = 3 * tile + natural(C)
         tl.store(rows + place + C, k_factor)
         tl.store(rows + place + 2 * C, q_factor)
 
 
 @triton.jit
-def decay_of(high, low, picks):
-    """The decay [4, 16, BK] over the tokens of each block of 16 that ``picks`` [1, 16, 16] names."""
-    return tl.exp2(sums(high, low, tl.broadcast_to(picks.to(tl.float16), [4, 16, 16]))).to(tl.float16)
+def natural(END: tl.constexpr):
+    r = tl.arange(0, END)
+    return r // 8 % 4 * 16 + r // 32 * 8 + r % 8
+
+
+@triton.jit
+def in_order(x):
+    return tl.reshape(tl.permute(tl.reshape(x, [2, 4, 8]), (1, 0, 2)), [C])
+
+
+@triton.jit
+def in_blocks(x):
+    x = tl.reshape(x, [2, 4, 8, 4, x.shape[1] // 8, 2])
+    return tl.reshape(tl.permute(x, (1, 0, 2, 4, 3, 5)), [4, 16, x.shape[3] * x.shape[4] * 2])
+
+
+@triton.jit
+def out_of_blocks(x):
+    x = tl.reshape(x, [4, 2, 8, x.shape[2] // 8, 4, 2])
+    return tl.reshape(tl.permute(x, (1, 0, 2, 4, 3, 5)), [C, x.shape[3] * x.shape[4] * 2])
+
+
+@triton.jit
+def channels(BK: tl.constexpr):
+    c = tl.arange(0, BK)
+    return c // 2 % 4 * (BK // 4) + c // 8 * 2 + c % 2
+
+
+@triton.jit
+def only(x, of):
+    return x * tl.where(of, 1.0, 0.0).to(tl.float16)
+
+
+@triton.jit
+def opposite(t, i, LOG_LEVEL):
+    return ((t ^ i) >> LOG_LEVEL == 1) & (t > i)
 
 
 @triton.jit
@@ -135,7 +180,7 @@ def of_blocks(x):
 def scaled(x, e):
     """x [4, 16, BK] by blocks times e [4, 8, BK], as [C, BK]."""
     x = tl.reshape(x, [4, 2, 8, x.shape[2]])
-    return tl.reshape(x * e.to(tl.float16)[:, None], [C, x.shape[3]])
+    return tl.reshape(x * e.to(tl.float16)[:, None], [4, 16, x.shape[3]])
 
 
 @triton.jit
