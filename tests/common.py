@@ -62,6 +62,24 @@ def assert_close(out: Any, reference: Any, limit: float) -> None:
         assert error <= limit, f"{where}: error {error:.1e} above {limit:.0e}"
 
 
+def chunk_step(drawn: dict[str, Any], cotangents: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """Both outputs of chunk and, from their cotangents, its gradients in all that ``drawn`` holds, by name."""
+    offsets = {"cu_seqlens": drawn.pop("cu_seqlens")} if "cu_seqlens" in (drawn := dict(drawn)) else {}
+    out, pull = jax.vjp(lambda wrt: kda.chunk(**wrt, **offsets, **options), drawn)
+    (grads,) = pull(cotangents)
+    gate = grads.pop("gate", None)
+    parameters = {} if gate is None else {"A_log": gate.A_log, "dt_bias": gate.dt_bias}
+    return out, grads | {name: x for name, x in parameters.items() if x is not None}
+
+
+def chunk_step_by_oracle(drawn: dict[str, Any], cotangents: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
+    drawn = jax.tree.map(np.asarray, drawn)
+    tokens = [drawn[name] for name in ("q", "k", "v", "g", "beta")]
+    options |= {name: drawn.get(name) for name in ("gate", "initial_state", "cu_seqlens")}
+    grads = oracle.chunk_grad(*tokens, *cotangents, **options)
+    return oracle.chunk(*tokens, **options), grads
+
+
 def assert_grads_close(grads: dict[str, Any], reference: dict[str, Any], limit: float, g: Any, gate: Any) -> None:
     """Gradients of chunk by name, as ``assert_close``; that of A_log against the size of its terms, within twice the limit.
 
@@ -69,7 +87,7 @@ def assert_grads_close(grads: dict[str, Any], reference: dict[str, Any], limit: 
     the terms independent, each within the limit of its term, they would add up to the limit of the terms' norm. Of a
     norm of many errors the limit is far from the usual one; of one number or a few it is not, so they get twice that.
     """
-    others = grads.keys() - {"A_log"}
+    others = sorted(grads.keys() - {"A_log"})
     assert_close({name: grads[name] for name in others}, {name: reference[name] for name in others}, limit)
     if "A_log" in grads:
         _, slope, by_A_log = oracle._gate(np.asarray(g, np.float64), gate)
@@ -94,6 +112,25 @@ def equations(jaxpr: Any, name: str) -> Iterator[Any]:
             yield equation
         for nested in jaxprs_in_params(equation.params):
             yield from equations(nested, name)
+
+
+KERNELS = "triton_kernel_call_ffi", "mosaic_gpu_v2"
+
+
+def compiled_text(function: Callable[..., Any], *args: Any, **options: Any) -> str:
+    return jax.jit(function, **options).lower(*args).compile().as_text()
+
+
+def kernels(function: Callable[..., Any], *args: Any, **options: Any) -> int:
+    """How many kernels the compiled program calls."""
+    text = compiled_text(function, *args, **options)
+    return sum(text.count(f'custom_call_target="{kernel}"') for kernel in KERNELS)
+
+
+def at_kernel_dims(some: Sequence[Case]) -> list[Case]:
+    """The cases at head dimensions that the kernels serve, 64 and 128 in all four pairs."""
+    dims = [(64, 64), (128, 128), (64, 128), (128, 64)]
+    return [dataclasses.replace(case, k_dim=dims[i % 4][0], v_dim=dims[i % 4][1]) for i, case in enumerate(some)]
 
 
 def rows(tree: Any, index: Any) -> Any:

@@ -16,7 +16,7 @@ from kda_jax._operands import ChunkBackwardOperands, ChunkOperands, ChunkSpec
 from kda_jax.testing import cases, oracle
 from kda_jax.testing.cases import Case
 
-from .common import assert_close, assert_equal, assert_grads_close, chunk_kernel_tolerance
+from .common import assert_close, assert_equal, assert_grads_close, at_kernel_dims, chunk_kernel_tolerance
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -124,19 +124,13 @@ def check(call, given=None):
     return found, expected
 
 
-def at_kernel_sizes(some):
-    """K and V of 64 and 128 in all four pairs, every dtype, one q/k head, and one row in most."""
-    dims, dtypes = [(64, 64), (128, 128), (64, 128), (128, 64)], ("bfloat16", "float32", "float16")
-    for i, case in enumerate(some):
-        yield dataclasses.replace(
-            case,
-            batch=1 if i % 5 else case.batch,
-            heads=1,
-            value_heads=case.value_heads // case.heads,
-            k_dim=dims[i % 4][0],
-            v_dim=dims[i % 4][1],
-            dtype=dtypes[i % 3] if case.dtype == "float32" else case.dtype,
-        )
+def small(some):
+    """Every dtype, one q/k head, and one row in most."""
+    dtypes = "bfloat16", "float32", "float16"
+    for i, case in enumerate(at_kernel_dims(some)):
+        batch = 1 if i % 5 else case.batch
+        dtype = dtypes[i % 3] if case.dtype == "float32" else case.dtype
+        yield dataclasses.replace(case, batch=batch, heads=1, value_heads=case.value_heads // case.heads, dtype=dtype)
 
 
 GATES = ("lower_bound", None, "softplus")
@@ -148,7 +142,7 @@ CASES = (
 )
 
 
-@pytest.mark.parametrize("case", at_kernel_sizes(CASES), ids=str)
+@pytest.mark.parametrize("case", small(CASES), ids=str)
 def test_case(case):
     check(draw(case))
 

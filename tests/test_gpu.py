@@ -26,6 +26,8 @@ from .common import (
     VERIFY,
     assert_close,
     assert_equal,
+    at_kernel_dims,
+    kernels,
     rows,
     stack,
 )
@@ -35,7 +37,6 @@ pytestmark = [
     pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU that JAX can use"),
 ]
 
-KERNELS = "triton_kernel_call_ffi", "mosaic_gpu_v2"
 GATES = ("softplus", "lower_bound", None)
 PALLAS = dataclasses.replace(
     DECODE,
@@ -46,14 +47,8 @@ PALLAS = dataclasses.replace(
 HEADS = {"heads": 2, "value_heads": 4, "k_dim": 128, "v_dim": 128}
 
 
-def gpu_cases(some):
-    """The shared cases at head dimensions that the kernels serve, 64 and 128 in all four pairs."""
-    dims = [(64, 64), (128, 128), (64, 128), (128, 64)]
-    return [dataclasses.replace(case, k_dim=dims[i % 4][0], v_dim=dims[i % 4][1]) for i, case in enumerate(some)]
-
-
 def over(some):
-    return pytest.mark.parametrize("case", gpu_cases(some), ids=str)
+    return pytest.mark.parametrize("case", at_kernel_dims(some), ids=str)
 
 
 def inputs(case, layout):
@@ -64,12 +59,6 @@ def inputs(case, layout):
 def check(results, reference, limits):
     for x, y, limit in zip(results, reference, (limits.output, limits.state), strict=True):
         assert_close(x, y, limit)
-
-
-def kernels(function, *args, **kwargs):
-    """How many kernels the compiled program calls."""
-    text = jax.jit(function, **kwargs).lower(*args).compile().as_text()
-    return sum(text.count(f'custom_call_target="{kernel}"') for kernel in KERNELS)
 
 
 def on_gpu(call, seed=0, **changes):

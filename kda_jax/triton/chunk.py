@@ -36,7 +36,7 @@ BACKWARD = Tile(64, 4, stages=3)
 COTANGENTS = Tile(64, 4)
 STATE_COTANGENTS = Tile(64, 4, stages=2)
 GRADIENTS_STAGES = 2
-GRADIENTS_REGISTERS = 128
+GRADIENTS_REGISTERS = 128  # two programs at a time; where they sum over a group that costs more than it gives
 
 
 class Chunks(NamedTuple):
@@ -226,6 +226,7 @@ def backward(args: ChunkBackwardOperands, spec: ChunkSpec) -> tuple[jax.Array, .
         (wide, wide, wide, array(jnp.float32, *lead, 2, k_dim)),
         programs=batch * chunks.number * value_heads * (k_dim // STATE_COTANGENTS.width),
         warps=STATE_COTANGENTS.warps,
+        registers=168,
         fuse=True,
         HV=value_heads,
         K=k_dim,
@@ -235,15 +236,14 @@ def backward(args: ChunkBackwardOperands, spec: ChunkSpec) -> tuple[jax.Array, .
         SCALE=spec.scale,
         STAGES=STATE_COTANGENTS.stages,
     )
-    share = array(jnp.float32, *((batch, chunks.number, 2, value_heads, k_dim) if spec.gate is not None else (1,)))
-    dq, dk, dg, dA_log, ddt_bias = launch(
+    dq, dk, dg = launch(
         chunk_gradients.gradients,
         (args.q, args.k, args.g, absent(args.A_log), absent(args.dt_bias), dq_in, dk_in, dk_out, halves)
         + (dA_qk, dA_kk, scales, p.rows, *level_tables(), *tables),
-        (*like(args.q, args.k, args.g), share, share),
+        like(args.q, args.k, args.g),
         programs=batch * chunks.number * 2 * heads,
         warps=k_dim // 16,
-        registers=GRADIENTS_REGISTERS,
+        registers=GRADIENTS_REGISTERS if value_heads == heads else None,
         fuse=True,
         PACKED=chunks.packed,
         STAGES=GRADIENTS_STAGES,
@@ -251,9 +251,19 @@ def backward(args: ChunkBackwardOperands, spec: ChunkSpec) -> tuple[jax.Array, .
     )
     grads = [dq, dk, dv, dg, dbeta]
     if args.A_log is not None:
-        grads.append(jnp.sum(dA_log, axis=(1, 2, 4)).astype(args.A_log.dtype))
+        grads.append(A_log_gradient(args, spec, dg))
     if args.dt_bias is not None:
-        grads.append(jnp.sum(ddt_bias, axis=(1, 2)).astype(args.dt_bias.dtype))
+        grads.append(jnp.sum(dg, axis=1, dtype=jnp.float32).astype(args.dt_bias.dtype))
     if args.initial_state is not None:
         grads.append(dinitial_state)
     return tuple(grads)
+
+
+def A_log_gradient(args: ChunkBackwardOperands, spec: ChunkSpec, dg: jax.Array) -> jax.Array:
+    """[B, HV], from the gradient of the gate's input: what the gate's two derivatives have not in common."""
+    x = args.g.astype(jnp.float32)
+    if args.dt_bias is not None:
+        x += jnp.expand_dims(args.dt_bias.astype(jnp.float32), -3)
+    if spec.gate == "softplus":  # softplus(x) / sigmoid(x), which tends to 1 where both vanish
+        x = jnp.where(x < -20, 1.0, jax.nn.softplus(x) * (1 + jnp.exp(-jnp.maximum(x, -20))))
+    return jnp.sum(dg.astype(jnp.float32) * x, axis=(1, 3)).astype(args.A_log.dtype)

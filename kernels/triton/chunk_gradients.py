@@ -14,18 +14,18 @@ decay in its exponent. These are sums of numbers over tokens, never differences 
 import triton
 import triton.language as tl
 
-from .chunk_tile import C, chunk_of, gate_rate, load_log2_decay, softplus_log2
+from .chunk_tile import C, chunk_of, gate_rate, load_log2_decay
 
 T = tl.constexpr(32)
 
 
 @triton.jit
 def gradients(q, k, g, A_log, dt_bias, dq_in, dk_in, dk_out, halves, dA_qk, dA_kk, scales, rows, picks, pairs,
-              cu_seqlens, bounds, sequences_end, tokens_end, chunks_end, dq, dk, dg, dA_log, ddt_bias,
+              cu_seqlens, bounds, sequences_end, tokens_end, chunks_end, dq, dk, dg,
               H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, PACKED: tl.constexpr,
               GATE: tl.constexpr, HAS_BIAS: tl.constexpr, A_LOG_STRIDE: tl.constexpr, DT_BIAS_STRIDE: tl.constexpr,
               LOWER_BOUND: tl.constexpr, L2NORM_EPS: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """One program a half chunk and q/k head. dA_log and ddt_bias [B, NC, 2, HV, K] are its share, to be summed."""
+    """One program a half chunk and q/k head."""
     program = tl.program_id(0)
     late = program % 2
     item = program // (2 * H)
@@ -132,17 +132,10 @@ def gradients(q, k, g, A_log, dt_bias, dq_in, dk_in, dk_out, halves, dA_qk, dA_k
             sum_dk += of_k
             b_dg = tl.dot((b_k * of_k).to(tl.bfloat16), ones(t[:, None] < t[None, :]), b_dg)
             b_dg += tl.load(halves + (tile * 2 + late) * K + channels)[:, None]
-            store_dg(dg + first_g, g + first_g, dA_log, ddt_bias, b_dg, place_g, valid[None, :], row, hv,
-                     ((item * 2 + late) * HV + hv).to(tl.int64) * K, A_log, dt_bias, GATE, HAS_BIAS, A_LOG_STRIDE,
-                     DT_BIAS_STRIDE, LOWER_BOUND, K)  # fmt: skip
+            b_dg = gate_gradient(b_dg, g + first_g + place_g, bias, valid[None, :], rate, GATE, HAS_BIAS, LOWER_BOUND)
+            tl.store(dg + first_g + place_g, b_dg.to(dg.dtype.element_ty), mask=valid[None, :])
         store_undivided(dq + first, sum_dq, b_q, factors + 2 * C + t, place, valid, L2NORM_EPS)
         store_undivided(dk + first, sum_dk, b_k, factors + C + t, place, valid, L2NORM_EPS)
-    elif GATE is not None:  # nothing here
-        for of_group in tl.range(GROUP):
-            place = ((item * 2 + late) * HV + h * GROUP + of_group).to(tl.int64) * K + channels
-            tl.store(dA_log + place, tl.zeros([K], tl.float32))
-            if HAS_BIAS:
-                tl.store(ddt_bias + place, tl.zeros([K], tl.float32))
 
 
 @triton.jit
@@ -166,33 +159,23 @@ def ones(picks):
 
 
 @triton.jit
-def store_dg(dg, g, dA_log, ddt_bias, b_dg, place, valid, row, hv, share, A_log, dt_bias, GATE: tl.constexpr,
-             HAS_BIAS: tl.constexpr, A_LOG_STRIDE: tl.constexpr, DT_BIAS_STRIDE: tl.constexpr,
-             LOWER_BOUND: tl.constexpr, K: tl.constexpr):  # fmt: skip
-    """The gradients of the gate's input and of its parameters from that of the log decays."""
-    channels = tl.arange(0, K)
+def gate_gradient(b_dg, g, bias, valid, rate, GATE: tl.constexpr, HAS_BIAS: tl.constexpr, LOWER_BOUND: tl.constexpr):
+    """The gradient of the gate's input from that of the log decay, in the natural base."""
     LOG2_E: tl.constexpr = 1.4426950408889634
     if GATE is not None:
         # Read a second time: held since the first it would cost registers.
-        x = tl.load(g + place, mask=valid, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        rate = tl.exp(tl.load(A_log + row * A_LOG_STRIDE + hv).to(tl.float32))
+        x = tl.load(g, mask=valid, other=0.0, eviction_policy="evict_first").to(tl.float32)
         if HAS_BIAS:
-            x += tl.load(dt_bias + row * DT_BIAS_STRIDE + hv * K + channels).to(tl.float32)[:, None]
-        b_dg = tl.where(valid, b_dg, 0.0)
+            x += tl.load(bias).to(tl.float32)
         if GATE == "softplus":
-            b_dg *= -rate
-            tl.store(dA_log + share + channels, tl.sum(b_dg * softplus_log2(x), axis=1) * (1 / LOG2_E))
             root = tl.rsqrt(1 + tl.exp2(x * -LOG2_E))
-            b_dg *= root * root
+            b_dg *= root * root * -rate
         else:  # of a sigmoid s = 1 / (1 + z), which is z s^2
             z = tl.exp2(tl.minimum(x * (rate * -LOG2_E), 60.0))
             root = tl.rsqrt(1 + z)
             root *= root
             b_dg *= z * root * root * (rate * LOWER_BOUND)
-            tl.store(dA_log + share + channels, tl.sum(b_dg * x, axis=1))
-        if HAS_BIAS:
-            tl.store(ddt_bias + share + channels, tl.sum(b_dg, axis=1))
-    tl.store(dg + place, b_dg.to(dg.dtype.element_ty), mask=valid)
+    return b_dg
 
 
 @triton.jit

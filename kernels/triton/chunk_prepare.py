@@ -81,8 +81,8 @@ def prepare(q, k, g, beta, A_log, dt_bias, bounds, picks, edges, tokens_end, chu
                 rows_q, rows_k = b_q * e, b_k * e
                 columns = tl.permute(rows_k, (0, 2, 1))
                 small_pairs = opposite(small_t, small_i, level)
-                small_q += tl.where(small_pairs, tl.dot(rows_q, columns), 0.0)
-                small_k += tl.where(small_pairs, tl.dot(rows_k, columns), 0.0)
+                small_q = tl.where(small_pairs, tl.dot(rows_q, columns, small_q), small_q)
+                small_k = tl.where(small_pairs, tl.dot(rows_k, columns, small_k), small_k)
 
             up = tl.exp2(tl.dot(up_to, b_g))
             _, last_up = of_blocks(unblocked(up))
