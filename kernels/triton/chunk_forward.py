@@ -1,9 +1,9 @@
 """chunk, second launch: the state carried from chunk to chunk, and the outputs.
 
-Bound: the chain of a chunk's products, one chunk after the other: four in a row, each waiting for the last. So nothing else is
-in it: a program keeps its rows of the state in registers, as the left operand of all products, whose right operands come from
-``prepare`` ready to be used, requested some chunks ahead; a product's result is the next one's left operand without leaving
-the registers. Outputs are computed beside the chain, so no state is written but those that training keeps.
+Bound: the chain of a chunk's products, one chunk after the other: four in a row, each waiting for the last. So nothing else
+is in it: a program keeps its rows of the state in registers, as the left operand of all products, whose right operands come
+from ``prepare`` ready to be used, requested some chunks ahead; a product's result is the next one's left operand without
+leaving the registers. Outputs are computed beside the chain, so no state is written but those that training keeps.
 """
 
 import triton

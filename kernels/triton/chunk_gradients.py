@@ -4,8 +4,8 @@ Bound: memory, 0.2 MB a chunk and value head at K = 128, with some 10 MFLOP; wha
 what stands between the products. So tiles are held channels by tokens, [K, T]: then every product over tokens has on its
 left what was just computed, in the registers that it is in, and on its right one of a few [T, T] matrices, which come from
 memory. T = 32 tokens are half a chunk: all of a half fits into half of the registers, so that two programs share a
-multiprocessor and one computes while the other waits. A program has all channels of a head, and takes the value heads of a
-group one after the other, so that the gradients of their q and k are summed in registers: no atomics, one order of summation.
+multiprocessor and one computes while the other waits. A program has all channels of a head, and takes the value heads of
+a group one after the other, so that the gradients of their q and k are summed in registers: no atomics, one order.
 
 Decay is differentiated through its logarithm: the gradient of an exponential, times the exponential, belongs to every log
 decay in its exponent. These are sums of numbers over tokens, never differences of sums, so that no digits cancel.
@@ -61,8 +61,8 @@ def gradients(q, k, g, A_log, dt_bias, dq_in, dk_in, dk_out, halves, dA_qk, dA_k
                 rate = gate_rate(A_log + row * A_LOG_STRIDE + hv)
             bias = dt_bias + row * DT_BIAS_STRIDE + hv * K + channels[:, None]
             b_g = load_log2_decay(g + first_g + place_g, valid[None, :], rate, bias, GATE, HAS_BIAS, LOWER_BOUND)
-            other_g = load_log2_decay(g + first_g + other * HV * K + place_g, other_valid[None, :], rate, bias, GATE, HAS_BIAS,
-                                      LOWER_BOUND)  # fmt: skip
+            other_g = load_log2_decay(g + first_g + other * HV * K + place_g, other_valid[None, :], rate, bias, GATE,
+                                      HAS_BIAS, LOWER_BOUND)  # fmt: skip
             other_decay = tl.exp2(tl.sum(other_g.to(tl.float32), axis=1) * 0.00390625)
 
             # Through pairs of tokens of this half, in what dA_qk and dA_kk count: of each with itself, then level by level

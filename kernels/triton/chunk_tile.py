@@ -1,13 +1,11 @@
-"""What the kernels of chunk share: where a chunk's tokens lie, sums of log decays, and half-precision operands.
+"""What the kernels of chunk share: where a chunk's tokens lie, log decays, and half-precision operands.
 
-A chunk is 64 tokens. Operands of products are float16: the keys' and queries' side of every product is at most 1 in size, and
-what multiplies it is scaled by powers of two, a row at a time. So products keep 11 bits at bfloat16's speed.
+A chunk is 64 tokens. Operands of products are float16: the keys' and queries' side of every product is at most 1 in size,
+and what multiplies it is scaled by powers of two, a row at a time. So products keep 11 bits at bfloat16's speed.
 """
 
 import triton
 import triton.language as tl
-
-from .token import log_decay
 
 C = tl.constexpr(64)
 
@@ -39,17 +37,6 @@ def chunk_of(item, tokens_end, chunks_end, bounds, PACKED: tl.constexpr):
         begin = (item % -chunks_end) * C
         end = tl.minimum(begin + C, -tokens_end)
     return row.to(tl.int64), begin, end
-
-
-@triton.jit
-def load_log_decay(g, offsets, valid, row, hv, offsets_k, A_log, dt_bias, GATE: tl.constexpr, HAS_BIAS: tl.constexpr,
-                   A_LOG_STRIDE: tl.constexpr, DT_BIAS_STRIDE: tl.constexpr, LOWER_BOUND: tl.constexpr,
-                   SOFTPLUS_LINEAR_ABOVE: tl.constexpr, K: tl.constexpr):  # fmt: skip
-    """Log decays [C, BK] in base 2, zero for what is no token, cut where a decay of one token is zero in float32."""
-    x = tl.load(g + offsets, mask=valid, other=0.0).to(tl.float32)
-    x = log_decay(x, row, hv, offsets_k, A_log, dt_bias, GATE, HAS_BIAS, A_LOG_STRIDE, DT_BIAS_STRIDE, LOWER_BOUND,
-                  SOFTPLUS_LINEAR_ABOVE, K)  # fmt: skip
-    return tl.where(valid, tl.maximum(x * 1.4426950408889634, -180.0), 0.0)
 
 
 @triton.jit
@@ -107,64 +94,8 @@ def softplus_log2(x):
 
 
 @triton.jit
-def halves(x):
-    """x as a sum of two float16 numbers, to 2^-22 of it."""
-    high = x.to(tl.float16)
-    return high, (x - high.to(tl.float32)).to(tl.float16)
-
-
-@triton.jit
-def sums(high, low, picks):
-    """The sums [.., R, BK] of the rows of high + low [.., R, BK] that ``picks`` [.., R, R], zeros and ones, names."""
-    return tl.dot(picks, low, tl.dot(picks, high))
-
-
-@triton.jit
-def until(t, j, LOG_LEVEL):
-    """Whether token j is between token t and the middle of t's block of 2^(LOG_LEVEL + 1) tokens.
-
-    In the upper half these are the tokens from the middle up to and with t, in the lower half those behind it up to the
-    middle. For a pair of an upper and a lower token the two sums are the log decay between them, in two parts that are
-    both sums of numbers <= 0: no exponent is positive, nothing large is subtracted.
-    """
-    half = t >> LOG_LEVEL
-    upper = half % 2 == 1
-    first = tl.where(upper, half << LOG_LEVEL, t + 1)
-    last = tl.where(upper, t, ((half + 1) << LOG_LEVEL) - 1)
-    return (j >= first) & (j <= last)
-
-
-@triton.jit
-def crosses(t, i, LOG_LEVEL):
-    """Whether t and i are an upper and a lower token of one block of 2^(LOG_LEVEL + 1) tokens."""
-    half = t >> LOG_LEVEL
-    return tl.where(half % 2 == 1, half - 1, -1) == (i >> LOG_LEVEL)
-
-
-@triton.jit
-def blocks(x):
-    """[C, D] as [4, 16, D]: a warp's 16 rows a block, whose products need no other warp."""
-    return tl.reshape(x, [4, 16, x.shape[1]])
-
-
-@triton.jit
-def unblocked(x):
-    return tl.reshape(x, [C, x.shape[2]])
-
-
-@triton.jit
-def block_diagonal(x):
-    """[4, 16, 16] as the blocks on the diagonal of [C, C]."""
-    t = tl.arange(0, C)[:, None]
-    i = tl.arange(0, C)[None, :]
-    rows = tl.broadcast_to(tl.reshape(x, [C, 1, 16]), [C, 4, 16])
-    return tl.where(t // 16 == i // 16, tl.reshape(rows, [C, C]), 0.0)
-
-
-@triton.jit
 def power_scale(largest, EXPONENT: tl.constexpr):
     """The power of two that takes ``largest`` to 2^EXPONENT or up to twice that, and what undoes it."""
     power = tl.maximum(largest.to(tl.int32, bitcast=True) & 0x7F800000, 0x1F800000)
     up = (0x7F000000 - power + (EXPONENT << 23)).to(tl.float32, bitcast=True)
     return up, (power - (EXPONENT << 23)).to(tl.float32, bitcast=True)
-
