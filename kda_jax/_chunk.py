@@ -35,15 +35,14 @@ def _forward_outputs(args: ChunkOperands, sizes: dict[str, int], spec: ChunkSpec
     sizes["C"] = num_chunks(sizes["T"], spec.chunk_size, sequences)
     dtype = arithmetic_dtype(args)
     state_dtype = dtype if args.initial_state is None else args.initial_state.dtype
-    outputs = Output("B T HV V", args.v.dtype), Output("S HV V K", state_dtype)
-    if spec.states_dtype is None:
-        return outputs
-    outputs += (Output("B C HV V K", spec.states_dtype),)
-    if spec.save_intermediates:
-        sizes |= {"L": spec.chunk_size, "M": spec.chunk_size, "R": 3}
-        wide = ("rows", "decay")
-        outputs += tuple(Output(axes, jnp.float32 if x in wide else jnp.float16) for x, axes in PREPARED_AXES.items())
-    return outputs
+    outputs = [Output("B T HV V", args.v.dtype), Output("S HV V K", state_dtype)]
+    if spec.states_dtype is not None:
+        outputs.append(Output("B C HV V K", spec.states_dtype))
+        if spec.save_intermediates:
+            sizes |= {"L": spec.chunk_size, "M": spec.chunk_size, "R": 3}
+            full = ("rows", "decay")
+            outputs += (Output(axes, jnp.float32 if x in full else jnp.float16) for x, axes in PREPARED_AXES.items())
+    return tuple(outputs)
 
 
 def _backward_outputs(args: ChunkBackwardOperands, sizes: dict[str, int], spec: ChunkSpec) -> tuple[Output, ...]:

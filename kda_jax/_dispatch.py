@@ -97,7 +97,7 @@ _CPU = "benchmarks/results/serving-cpu.json"
 TABLE = (
     Row("kda_chunk_fwd", "triton", _TRITON_CHUNK, "kda_jax.triton.chunk:forward", _CHUNK_GPU),
     Row("kda_chunk_fwd", "xla", _ANY, "kda_jax.xla.chunk:forward", "benchmarks/results/chunk-cpu.json"),
-    Row("kda_chunk_bwd", "triton", _TRITON_CHUNK, "kda_jax.triton.chunk:backward", _CHUNK_GPU),
+    Row("kda_chunk_bwd", "triton", _TRITON_CHUNK, "kda_jax.triton.chunk_backward:backward", _CHUNK_GPU),
     Row("kda_chunk_bwd", "xla", _ANY, "kda_jax.xla.chunk:backward", "benchmarks/results/chunk-cpu.json"),
     Row("kda_decode", "triton", _TRITON, "kda_jax.triton.decode:decode", _DECODE_GPU),
     # 4 to 5 % faster than Triton at N * HV of 4096 and 8192, slower at 1024 and less. None must give a row the same bits

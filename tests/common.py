@@ -105,6 +105,13 @@ def assert_equal(out: Any, reference: Any) -> None:
         np.testing.assert_array_equal(x.view(bits), y.view(bits), where)
 
 
+def assert_equal_grads(grads: dict[str, Any], reference: dict[str, Any]) -> None:
+    """As ``assert_equal``; those of the gate's parameters are sums that XLA takes, in an order that depends on the shape."""
+    of_gate = grads.keys() & {"A_log", "dt_bias"}
+    assert_close({name: grads[name] for name in of_gate}, {name: reference[name] for name in of_gate}, 1e-4)
+    assert_equal(*({name: x for name, x in some.items() if name not in of_gate} for some in (grads, reference)))
+
+
 def equations(jaxpr: Any, name: str) -> Iterator[Any]:
     """The equations of the primitive ``name``, in nested jaxprs too."""
     for equation in jaxpr.eqns:

@@ -1,4 +1,5 @@
-"""A small case of each GPU kernel, for compute-sanitizer to watch: padded, out-of-range and shuffled slots, all gates."""
+"""A small case of each GPU kernel, for compute-sanitizer to watch: padded, out-of-range and shuffled slots, all gates, and
+packed sequences, some of no token, with a tail behind them."""
 
 import jax
 import jax.numpy as jnp
@@ -32,9 +33,39 @@ def run(gate: str | None, state_dtype: str, dim: int) -> None:
         o, update = kda.verify(*(x[:, :count] for x in tokens), state, **options, **slots)
         flushed = kda.flush(state, update, jnp.asarray([1, 0, 1, 1, 0]), **slots, implementation="triton")
         outputs.append((o, flushed))
+    assert_finite(outputs)
+
+
+def train(gate: str | None, dtype: str, k_dim: int, v_dim: int, offsets: tuple[int, ...] | None) -> None:
+    """Both passes of chunk, with and without what the forward pass may save."""
+    case = cases.Case(
+        "sanitized", batch=1, tokens=100, heads=1, value_heads=2, k_dim=k_dim, v_dim=v_dim, gate=gate, dtype=dtype,
+        qk_l2norm=gate is not None, cu_seqlens=offsets,
+    )  # fmt: skip
+    drawn = cases.draw(case, layout="chunk")
+    tokens, state = tuple(map(jnp.asarray, drawn.arrays)), jnp.asarray(drawn.state)
+    packed = {} if offsets is None else {"cu_seqlens": jnp.asarray(offsets, jnp.int32)}
+    for saved in (False, True):
+        options = drawn.options | packed | {"implementation": "triton", "save_intermediates": saved}
+
+        def run(tokens, state, options=options):
+            return kda.chunk(*tokens, initial_state=state, **options)
+
+        out, pull = jax.vjp(run, tokens, state)
+        assert_finite((out, pull(out)))
+    assert_finite(kda.chunk(*tokens, **options))  # keeps no states, and starts from none
+
+
+def assert_finite(outputs) -> None:
     assert all(bool(jnp.isfinite(x.astype(jnp.float32)).all()) for x in jax.tree.leaves(outputs))
 
 
 for gate, state_dtype, dim in (("softplus", "float32", 128), ("lower_bound", "bfloat16", 64), (None, "float32", 64)):
     run(gate, state_dtype, dim)
+for gate, dtype, k_dim, v_dim, offsets in (
+    ("softplus", "bfloat16", 128, 64, None),
+    ("lower_bound", "bfloat16", 64, 128, (0, 0, 33, 97, 97)),
+    (None, "float32", 64, 64, (0, 65)),
+):
+    train(gate, dtype, k_dim, v_dim, offsets)
 print("all ran")

@@ -16,13 +16,20 @@ from kda_jax._operands import ChunkBackwardOperands, ChunkOperands, ChunkSpec
 from kda_jax.testing import cases, oracle
 from kda_jax.testing.cases import Case
 
-from .common import assert_close, assert_equal, assert_grads_close, at_kernel_dims, chunk_kernel_tolerance
+from .common import (
+    assert_close,
+    assert_equal,
+    assert_equal_grads,
+    assert_grads_close,
+    at_kernel_dims,
+    chunk_kernel_tolerance,
+)
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("kernels are compiled in this process; tests/test_gpu_chunk.py runs them", allow_module_level=True)
 
-from kda_jax.triton import chunk as chunk_calls
+from kda_jax.triton import chunk, chunk_backward
 
 from . import interpreter
 
@@ -34,7 +41,7 @@ BASE = Case("base", batch=1, tokens=70, heads=1, value_heads=1, k_dim=64, v_dim=
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
-    with interpreter.installed(monkeypatch, chunk_calls):
+    with interpreter.installed(monkeypatch, chunk, chunk_backward):
         yield
 
 
@@ -79,8 +86,8 @@ def cotangents(call, seed=1):
 def step(call, do, dstate):
     """Both passes on the kernels; the gate's gradients a row."""
     operands, spec, _ = call
-    o, state, states, *saved = chunk_calls.forward(operands, spec)
-    grads = chunk_calls.backward(ChunkBackwardOperands(*operands, states, do, dstate, *saved), spec)
+    o, state, states, *saved = chunk.forward(operands, spec)
+    grads = chunk_backward.backward(ChunkBackwardOperands(*operands, states, do, dstate, *saved), spec)
     names = [name for name in WRT if getattr(operands, name) is not None]
     return Step(o, state, states, dict(zip(names, map(np.asarray, grads), strict=True)))
 
@@ -172,10 +179,10 @@ def test_a_value_head_is_the_same_alone(heads, group):
         alone = step(alone, given[0][:, :, hv, None], given[1][:, hv, None])
         assert_equal(alone.o, found.o[:, :, hv, None])
         assert_equal((alone.state, alone.states[:, :, 0]), (found.state[:, hv, None], found.states[:, :, hv]))
-        for name, axis in {"v": 2, "g": 2, "beta": 2, "A_log": 1, "dt_bias": 1, "initial_state": 1}.items():
-            assert_equal(alone.grads[name], np.take(found.grads[name], [hv], axis))
         for name, some in parts.items():
-            some.append(alone.grads[name])
+            some.append(alone.grads.pop(name))
+        axes = {"v": 2, "g": 2, "beta": 2, "A_log": 1, "dt_bias": 1, "initial_state": 1}
+        assert_equal_grads(alone.grads, {name: np.take(found.grads[name], [hv], axis) for name, axis in axes.items()})
     for name, some in parts.items():
         total = np.concatenate(some, axis=2).reshape(*found.grads[name].shape[:3], group, -1).astype(np.float64).sum(axis=3)
         assert_close(found.grads[name], total, chunk_kernel_tolerance("bfloat16").gradient)
@@ -240,6 +247,26 @@ def test_a_large_key():
     call = draw(dataclasses.replace(BASE, qk_l2norm=False))
     call.operands.k[0, 20] *= 16
     check(call)
+
+
+@pytest.mark.parametrize("power", [-60, 60])
+def test_powers_of_two_go_through(power):
+    """Results are linear in values and states, gradients in cotangents: to the bit, whatever the size."""
+    call = draw(BASE)
+    given = cotangents(call)
+    found = step(call, *given)
+
+    def scaled(x):
+        return (x.astype(np.float32) * np.float32(2.0**power)).astype(x.dtype)
+
+    assert_equal(step(call, *map(scaled, given)).grads, {name: scaled(x) for name, x in found.grads.items()})
+    larger = call.replace(v=scaled(call.operands.v), initial_state=scaled(call.operands.initial_state))
+    found_larger = step(larger, *given)
+    assert_equal(found_larger[:3], tuple(map(scaled, found[:3])))
+    for name in ("v", "initial_state"):
+        assert_equal(found_larger.grads[name], found.grads[name])
+    for name in ("q", "k", "g", "beta", "A_log", "dt_bias"):
+        assert_equal(found_larger.grads[name], scaled(found.grads[name]))
 
 
 PACKED = dataclasses.replace(BASE, tokens=200, cu_seqlens=(0, 33, 33, 130, 131, 131, 170))
@@ -309,8 +336,8 @@ def test_a_row_is_the_same_alone(packed, shared):
     alone = [step(row, *of_row) for row, of_row in zip(rows, given, strict=True)]
     assert_equal(together.o, np.concatenate([x.o for x in alone]))
     assert_equal(together.state, np.concatenate([x.state for x in alone]))
-    for name, x in together.grads.items():
-        assert_equal(x, np.concatenate([some.grads[name] for some in alone]))
+    of_rows = {name: np.concatenate([some.grads[name] for some in alone]) for name in together.grads}
+    assert_equal_grads(together.grads, of_rows)
 
 
 @pytest.mark.parametrize("offsets", [None, (0, 33, 33, 70)], ids=["unpacked", "packed"])
@@ -320,7 +347,7 @@ def test_what_is_kept_between_the_passes_changes_nothing(offsets):
     given = cotangents(call)
     found = step(call, *given)
     assert_equal(step(call._replace(spec=dataclasses.replace(call.spec, save_intermediates=True)), *given), found)
-    assert_equal(chunk_calls.forward(call.operands, dataclasses.replace(call.spec, states_dtype=None)), found[:2])
+    assert_equal(chunk.forward(call.operands, dataclasses.replace(call.spec, states_dtype=None)), found[:2])
 
 
 def test_no_initial_state_is_one_of_zeros():

@@ -12,7 +12,7 @@ import pytest
 import kda_jax as kda
 from kda_jax import _dispatch
 
-from .common import DECODE, FLUSH, VERIFY
+from .common import CHUNK, DECODE, FLAGS, FLUSH, VERIFY
 
 TRITON = "triton_kernel_call_ffi"
 ANYTHING = [jax.export.DisabledSafetyCheck.custom_call(name) for name in (TRITON, "mosaic_gpu_v2")]
@@ -85,6 +85,32 @@ def test_none_takes_the_best_that_serves(asked, call, changes, capability, expec
     assert asked == [expected]
 
 
+@pytest.mark.parametrize(
+    ("changes", "chunk_size", "capability", "expected"),
+    [
+        ({}, 64, "9.0", "triton"),
+        ({"dtype": "bfloat16", "state_dtype": "bfloat16", "tokens": 1}, 64, "8.0", "triton"),
+        ({}, 64, "7.5", "xla"),
+        ({}, 32, "9.0", "xla"),
+        ({"v_dim": 32}, 64, "9.0", "xla"),
+    ],
+)
+def test_both_passes_of_chunk_take_the_same(asked, changes, chunk_size, capability, expected):
+    """What the forward pass saved is for its own backward pass."""
+
+    def run(arrays):
+        return kda.chunk(**arrays, **FLAGS, chunk_size=chunk_size)
+
+    def train(arrays):
+        return jax.grad(lambda arrays: sum(jnp.sum(x.astype(jnp.float32)) for x in run(arrays)))(arrays)
+
+    arrays = CHUNK.draw(0, **{"k_dim": 64, "v_dim": 64} | changes)
+    exported(run, arrays, capability)
+    assert asked == [expected]
+    exported(train, arrays, capability)
+    assert asked == [expected] * 3
+
+
 def test_targets_are_part_of_the_cache_key(asked):
     """One jitted function, exported for three targets."""
     run = jax.jit(lambda arrays: DECODE(arrays))
@@ -128,6 +154,19 @@ def test_a_forced_one_says_why_it_cannot(changes, implementation, reason, jit):
     run = forced(implementation, **changes)
     with pytest.raises(NotImplementedError, match=f"^kda.decode: implementation is '{implementation}', which .*{reason}"):
         jax.eval_shape(run) if jit else run()
+
+
+@pytest.mark.parametrize(
+    ("changes", "chunk_size", "reason"),
+    [
+        ({}, 32, "chunk_size is 32; it must be 64"),
+        ({"k_dim": 32}, 64, r"head dimension K is 32; it must be one of \(64, 128\)"),
+    ],
+)
+def test_forced_for_chunk(changes, chunk_size, reason):
+    arrays = CHUNK.draw(0, **{"k_dim": 64, "v_dim": 64} | changes)
+    with pytest.raises(NotImplementedError, match=f"^kda.chunk: implementation is 'triton', which .*{reason}"):
+        kda.chunk(**arrays, **FLAGS, chunk_size=chunk_size, implementation="triton")
 
 
 def test_verify_of_too_many_tokens():

@@ -6,7 +6,7 @@ import numpy as np
 
 import kda_jax as kda
 
-from .common import FLAGS
+from .common import FLAGS, assert_equal
 
 BATCH, HEADS, VALUE_HEADS, DIM, CHUNK = 1, 1, 2, 64, 64
 FLOAT = 4  # bytes
@@ -21,8 +21,8 @@ def _inputs(tokens: int):
     return {"q": q, "k": q, "v": v, "g": v, "beta": f(BATCH, tokens, VALUE_HEADS), "gate": gate, "initial_state": state}
 
 
-def _forward(inputs):
-    return kda.chunk(**inputs, **FLAGS, chunk_size=CHUNK)
+def _forward(inputs, **options):
+    return kda.chunk(**inputs, **FLAGS, chunk_size=CHUNK, **options)
 
 
 def _loss(inputs):
@@ -56,3 +56,18 @@ def test_residuals_are_the_inputs_and_one_state_a_chunk():
     kept = sorted(x.shape for x in jax.tree.leaves(pull))
     states = (BATCH, -(-tokens // CHUNK), VALUE_HEADS, DIM, DIM)
     assert kept == sorted([*(x.shape for x in jax.tree.leaves(inputs)), states])
+
+
+def test_saved_intermediates_are_what_is_documented():
+    """6 K + 6 chunk_size bytes a token and value head in half precision, and less than a tenth of that beside."""
+    tokens = 4 * CHUNK
+    arrays = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), _inputs(tokens))
+    size = {}
+    for save in (False, True):
+        out, pull = jax.vjp(lambda arrays, save=save: _forward(arrays, save_intermediates=save), arrays)
+        size[save] = sum(x.nbytes for x in jax.tree.leaves(pull))
+        grads = pull(out)
+    documented = tokens * VALUE_HEADS * (6 * DIM + 6 * CHUNK)
+    assert documented <= size[True] - size[False] < 1.1 * documented
+    _, pull = jax.vjp(_forward, arrays)
+    assert_equal(grads, pull(out))

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from kda_jax import _gates, _target
-from kda_jax._operands import L2NORM_EPS, PagedOperands, PoolOperands, Spec
+from kda_jax._operands import L2NORM_EPS, ChunkBackwardOperands, PagedOperands, PoolOperands, Spec
 
 
 class Tile(NamedTuple):
@@ -52,8 +52,8 @@ def launch(
     The kernel's parameters are the inputs (arrays, then integers), the outputs and the constants, in that order.
     ``in_place`` maps an input to the output that is the same memory. ``fuse`` lets the compiler contract products and sums;
     not where bits must be those of another kernel. ``registers`` a thread may be fewer than the compiler would take, so that
-    more programs run at a time. What depends on N or T is in ``programs`` and in integers that
-    are read at run time, so one binary serves all.
+    more programs run at a time. A constant STAGES, how far ahead loads are requested, is reduced to fit in shared memory.
+    What depends on N or T is in ``programs`` and in integers that are read at run time, so one binary serves all.
     """
     arrays = [x for x in inputs if not isinstance(x, int)]
     program = _program(
@@ -79,20 +79,28 @@ def _program(kernel, parameters, programs, warps, registers, fuse, compute_capab
     library = triton_lib.triton_kernel_call_lib
     scalars = [(i, "i32", x) for i, x in enumerate(parameters) if isinstance(x, int)]
     types = ["i32" if isinstance(x, int) else f"*{triton_lib._JAX_TO_TRITON_TYPE_MAP[jnp.dtype(x)]}" for x in parameters]
-    compiled, _ = triton_lib.get_or_create_triton_kernel(
-        functools.partial(_cuda_backend, registers),
-        "cuda",
-        kernel,
-        types,
-        scalars,
-        num_warps=warps,
-        num_stages=1,
-        num_ctas=1,
-        compute_capability=compute_capability,
-        enable_fp_fusion=fuse,
-        metaparams=dict(constants),
-        dump=False,
-    )
+    metaparams = dict(constants)
+    while True:
+        try:
+            compiled, _ = triton_lib.get_or_create_triton_kernel(
+                functools.partial(_cuda_backend, registers),
+                "cuda",
+                kernel,
+                types,
+                scalars,
+                num_warps=warps,
+                num_stages=1,
+                num_ctas=1,
+                compute_capability=compute_capability,
+                enable_fp_fusion=fuse,
+                metaparams=metaparams,
+                dump=False,
+            )
+            break
+        except MemoryError:
+            if metaparams.get("STAGES", 1) == 1:
+                raise
+            metaparams["STAGES"] -= 1
     arguments = [
         library.create_scalar_parameter(x, "i32") if isinstance(x, int) else library.create_array_parameter(0, 16)
         for x in parameters
@@ -101,13 +109,26 @@ def _program(kernel, parameters, programs, warps, registers, fuse, compute_capab
     return zlib.compress(call.to_proto(f"kda_{kernel.__name__}", b""))
 
 
-def _cuda_backend(registers: int | None, *args: Any) -> Any:
-    """Triton's compiler, told of the one option that jax-triton does not pass on."""
+# KiB of shared memory that one program may have, by compute capability (CUDA's programming guide); least where unknown.
+SHARED_MEMORY = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
+
+
+def _cuda_backend(registers: int | None, platform: str, compute_capability: int) -> Any:
+    """Triton's compiler, told of an option that jax-triton does not pass on, and asked for what it does not ask."""
     from jax_triton import triton_lib
 
-    backend = triton_lib.get_cuda_backend(*args)
-    parse = backend.parse_options
+    backend = triton_lib.get_cuda_backend(platform, compute_capability)
+    parse, make_llir = backend.parse_options, backend.make_llir
+
+    def checked(module: Any, metadata: Any, *args: Any) -> Any:
+        found = make_llir(module, metadata, *args)
+        limit = SHARED_MEMORY.get(compute_capability, min(SHARED_MEMORY.values())) << 10
+        if metadata["shared"] > limit:
+            raise MemoryError(f"{metadata['shared']} bytes of shared memory; the GPU has {limit} for a program")
+        return found
+
     backend.parse_options = lambda options: parse({**options, "maxnreg": registers})
+    backend.make_llir = checked
     return backend
 
 
@@ -128,8 +149,8 @@ def token_inputs(args: PoolOperands | PagedOperands) -> list[jax.Array]:
 STATE = PoolOperands._fields.index("state")
 
 
-def token_constants(args: PoolOperands | PagedOperands, spec: Spec) -> dict[str, Any]:
-    """The constants of a token kernel: sizes and options."""
+def token_constants(args: PoolOperands | PagedOperands | ChunkBackwardOperands, spec: Spec) -> dict[str, Any]:
+    """The constants that most kernels share: sizes and options."""
     heads, k_dim = args.q.shape[-2:]
     return {
         "H": heads,

@@ -23,8 +23,8 @@ def prepare(q, k, g, beta, A_log, dt_bias, bounds, picks, edges, tokens_end, chu
             k_in, k_out, q_in, A_qk, A_kk, solve, rows, decay,
             H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, PACKED: tl.constexpr,
             GATE: tl.constexpr, HAS_BIAS: tl.constexpr, A_LOG_STRIDE: tl.constexpr, DT_BIAS_STRIDE: tl.constexpr,
-            LOWER_BOUND: tl.constexpr, SOFTPLUS_LINEAR_ABOVE: tl.constexpr, L2NORM_EPS: tl.constexpr,
-            BETA_RANGE: tl.constexpr, WITH_A_KK: tl.constexpr):  # fmt: skip
+            LOWER_BOUND: tl.constexpr, L2NORM_EPS: tl.constexpr, BETA_RANGE: tl.constexpr,
+            WITH_A_KK: tl.constexpr):  # fmt: skip
     """One program a chunk and value head.
 
     Keys and queries are divided by their norms, or without the norm by a power of two of their size; the factors go to
