@@ -171,10 +171,11 @@ def gate_gradient(b_dg, g, bias, valid, rate, GATE: tl.constexpr, HAS_BIAS: tl.c
             root = tl.rsqrt(1 + tl.exp2(x * -LOG2_E))
             b_dg *= root * root * -rate
         else:  # of a sigmoid s = 1 / (1 + z), which is z s^2
-            z = tl.exp2(tl.minimum(x * (rate * -LOG2_E), 60.0))
+            exponent = x * (rate * -LOG2_E)
+            z = tl.exp2(tl.minimum(exponent, 60.0))
             root = tl.rsqrt(1 + z)
             root *= root
-            b_dg *= z * root * root * (rate * LOWER_BOUND)
+            b_dg *= tl.where(exponent < 60, z * root * root * (rate * LOWER_BOUND), 0.0)  # zero: x may be any size
     return b_dg
 
 
