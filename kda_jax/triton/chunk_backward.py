@@ -116,4 +116,6 @@ def _A_log_gradient(args: ChunkBackwardOperands, spec: ChunkSpec, dg: jax.Array)
         x += jnp.expand_dims(args.dt_bias.astype(jnp.float32), -3)
     if spec.gate == "softplus":  # softplus(x) / sigmoid(x), which tends to 1 where both vanish
         x = jnp.where(x < -20, 1.0, jax.nn.softplus(x) * (1 + jnp.exp(-jnp.maximum(x, -20))))
-    return jnp.sum(dg.astype(jnp.float32) * x, axis=(1, 3)).astype(args.A_log.dtype)
+    dg = dg.astype(jnp.float32)
+    terms = jnp.where(dg == 0, 0.0, dg * x)  # whatever x is: it may be padding
+    return jnp.sum(terms, axis=(1, 3)).astype(args.A_log.dtype)
