@@ -174,10 +174,30 @@ class DraftHead(nnx.Module):
         return hidden + self.out(jax.nn.silu(self.from_hidden(hidden) + self.from_byte(byte)))
 
 
+@jax.custom_vjp
+def embed(table: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Rows of the table. Its gradient is a matrix product: thousands of rows scattered into 256 would wait for each other."""
+    return table[tokens]
+
+
+def _embed_backward(residuals: tuple[jax.Array, int], rows: jax.Array) -> tuple[jax.Array, None]:
+    tokens, size = residuals
+    picks = jax.nn.one_hot(tokens.reshape(-1), size, dtype=rows.dtype, axis=0)
+    return picks @ rows.reshape(-1, rows.shape[-1]), None
+
+
+embed.defvjp(lambda table, tokens: (embed(table, tokens), (tokens, len(table))), _embed_backward)
+
+
+class ByteEmbed(nnx.Embed):
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        return embed(self.embedding[...].astype(self.dtype), tokens)
+
+
 class LanguageModel(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.embed = nnx.Embed(VOCABULARY, config.width, dtype=config.dtype, rngs=rngs)
+        self.embed = ByteEmbed(VOCABULARY, config.width, dtype=config.dtype, rngs=rngs)
         self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.layers)])
         self.norm = nnx.RMSNorm(config.width, dtype=config.dtype, rngs=rngs)
         self.draft_heads = nnx.List([DraftHead(config, rngs=rngs) for _ in range(config.draft_length)])

@@ -175,15 +175,15 @@ class Call:
         return self.name
 
 
-def chunk(**arrays: Any) -> Any:
-    return kda.chunk(**arrays, **FLAGS, chunk_size=16)
+def chunk(save_intermediates: bool = False, **arrays: Any) -> Any:
+    return kda.chunk(**arrays, **FLAGS, chunk_size=16, save_intermediates=save_intermediates)
 
 
-def chunk_grad(**arrays: Any) -> Any:
+def chunk_grad(save_intermediates: bool = False, **arrays: Any) -> Any:
     """The gradients of one scalar of both outputs in all the arrays."""
 
     def loss(arrays):
-        o, state = chunk(**arrays)
+        o, state = chunk(save_intermediates, **arrays)
         return jnp.sum(o * o) + jnp.sum(jnp.sin(state))
 
     return jax.grad(loss)(arrays)
@@ -244,6 +244,7 @@ def _counts(seed: int, least: int, most: int, rows: int) -> jax.Array:
 CHUNK = Call("chunk", "kda_chunk_fwd", chunk, _sequences)
 CHUNK_PACKED = Call("chunk-packed", "kda_chunk_fwd", chunk, _packed)
 CHUNK_GRAD = Call("chunk-grad", "kda_chunk_bwd", chunk_grad, _sequences)
+CHUNK_GRAD_SAVED = Call("chunk-grad-saved", "kda_chunk_bwd", partial(chunk_grad, save_intermediates=True), _sequences)
 DECODE = Call("decode", "kda_decode", decode, partial(_rows, "decode", "softplus"))
 DECODE_MTP = Call("decode_mtp", "kda_decode_mtp", decode_mtp, partial(_rows, "draft", "lower_bound"))
 DECODE_MTP_PAGED = Call("decode_mtp-paged", "kda_decode_mtp_paged", decode_mtp, _paged)

@@ -20,10 +20,10 @@ GATES = {"softplus": kda.Softplus, "lower_bound": kda.LowerBound}
 assembled = functools.cache(assemble)
 
 
-def arguments(k_dim, v_dim, *, batch=1, tokens=500, dtype="bfloat16", gate="softplus", sequences=None):
+def arguments(k_dim, v_dim, *, heads=HEADS, batch=1, tokens=500, dtype="bfloat16", gate="softplus", sequences=None):
     """The arrays of a call. Decays are float32, so that what has the size of g and the dtype of q is a repeated q or k."""
     lead = batch, tokens
-    q, v = array(*lead, HEADS, k_dim, dtype=dtype), array(*lead, VALUE_HEADS, v_dim, dtype=dtype)
+    q, v = array(*lead, heads, k_dim, dtype=dtype), array(*lead, VALUE_HEADS, v_dim, dtype=dtype)
     g, beta = array(*lead, VALUE_HEADS, k_dim, dtype="float32"), array(*lead, VALUE_HEADS, dtype=dtype)
     state = array(sequences or batch, VALUE_HEADS, v_dim, k_dim, dtype="float32")
     named = {"q": q, "k": q, "v": v, "g": g, "beta": beta, "initial_state": state}
@@ -54,6 +54,7 @@ def calls():
     for k_dim, v_dim in ((64, 64), (128, 128), (64, 128), (128, 64)):
         yield f"forward {k_dim} {v_dim}", forward, arguments(k_dim, v_dim)
         yield f"gradient {k_dim} {v_dim}", gradient, arguments(k_dim, v_dim)
+    yield "no-group", gradient, arguments(128, 128, heads=VALUE_HEADS)
     yield "lower-bound", gradient, arguments(128, 128, gate="lower_bound")
     yield "log-decay", gradient, arguments(128, 128, gate=None)
     yield "raw", functools.partial(gradient, qk_l2norm=False), arguments(128, 128)
@@ -86,13 +87,16 @@ def repeated(text, named):
     return sorted(found)
 
 
+def assembled_all(found):
+    return [{"name": kernel["name"]} | assembled(kernel["ptx"]) for kernel in found["kernels"]]
+
+
 def main():
     report = {}
     with kda.cuda_target("9.0"):
         for name, function, named in calls():
             found = inspect(function, (named,), False)
-            kernels = [{"name": kernel["name"]} | assembled(kernel["ptx"]) for kernel in found["kernels"]]
-            report[name] = {"kernels": kernels}
+            report[name] = {"kernels": assembled_all(found)}
             if named["g"].shape != named["v"].shape:
                 report[name]["repeated"] = repeated(found["text"], named)
         report["binaries"] = {}
@@ -100,6 +104,8 @@ def main():
             found = inspect(gradient, (arguments(128, 64, **sizes),), False)
             of = report["binaries"].setdefault("packed" if "sequences" in sizes else "rows", [])
             of.append([hash(kernel["ptx"]) for kernel in found["kernels"]])
+    with kda.cuda_target("8.6"):  # the least shared memory
+        report["small"] = {"kernels": assembled_all(inspect(gradient, (arguments(128, 128),), False))}
     print(json.dumps(report))
 
 

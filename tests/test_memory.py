@@ -6,7 +6,7 @@ import numpy as np
 
 import kda_jax as kda
 
-from .common import FLAGS, assert_equal
+from .common import FLAGS
 
 BATCH, HEADS, VALUE_HEADS, DIM, CHUNK = 1, 1, 2, 64, 64
 FLOAT = 4  # bytes
@@ -61,13 +61,12 @@ def test_residuals_are_the_inputs_and_one_state_a_chunk():
 def test_saved_intermediates_are_what_is_documented():
     """6 K + 6 chunk_size bytes a token and value head in half precision, and less than a tenth of that beside."""
     tokens = 4 * CHUNK
-    arrays = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), _inputs(tokens))
-    size = {}
-    for save in (False, True):
-        out, pull = jax.vjp(lambda arrays, save=save: _forward(arrays, save_intermediates=save), arrays)
-        size[save] = sum(x.nbytes for x in jax.tree.leaves(pull))
-        grads = pull(out)
+
+    def kept(save):
+        pull = jax.eval_shape(
+            lambda inputs: jax.vjp(lambda x: _forward(x, save_intermediates=save), inputs)[1], _inputs(tokens)
+        )
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pull))
+
     documented = tokens * VALUE_HEADS * (6 * DIM + 6 * CHUNK)
-    assert documented <= size[True] - size[False] < 1.1 * documented
-    _, pull = jax.vjp(_forward, arrays)
-    assert_equal(grads, pull(out))
+    assert documented <= kept(True) - kept(False) < 1.1 * documented

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from .common import (
+    CALLS,
     CHUNK,
     CHUNK_GRAD,
+    CHUNK_GRAD_SAVED,
     CHUNK_PACKED,
     DECODE,
     DECODE_MTP,
@@ -45,7 +47,7 @@ def check(call: Call, unmapped: tuple[str, ...] = (), drop: tuple[str, ...] = ()
     assert len(list(equations(jaxpr, call.primitive))) == 1
 
 
-@over_calls()
+@over_calls(*CALLS, CHUNK_GRAD_SAVED)
 def test_everything_mapped(call: Call):
     check(call)
 
