@@ -176,7 +176,7 @@ class DraftHead(nnx.Module):
 
 @jax.custom_vjp
 def embed(table: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Rows of the table. Its gradient is a matrix product: thousands of rows scattered into 256 would wait for each other."""
+    """Rows of the table. Its gradient is a product: thousands of rows scattered into 256 would wait for each other."""
     return table[tokens]
 
 
