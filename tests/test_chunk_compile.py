@@ -22,8 +22,7 @@ KERNELS = (
     | {"saved": [*FORWARD, *BACKWARD]}
 )
 # Bytes that a thread keeps in memory for want of registers, at most, in any of the calls; none in kernels that are not here.
-SPILLS = {"prepare": 776, "forward": 172, "backward": 284, "cotangents": 112, "state_cotangents": 8, "gradients": 1128}
-SMALL_GPU = {"prepare": 116, "forward": 292, "backward": 92, "cotangents": 144, "state_cotangents": 8, "gradients": 140}
+SPILLS = {"prepare": 40, "forward": 160, "backward": 244, "cotangents": 112, "state_cotangents": 348, "gradients": 720}
 calls = pytest.mark.parametrize("call", KERNELS)
 
 
@@ -44,8 +43,13 @@ def test_program_holds_the_kernels(report, call):
 
 @calls
 def test_spills_are_within_what_is_documented(report, call):
-    spilled = {kernel["name"].removeprefix("kda_"): kernel["spilled"] for kernel in report[call]["kernels"]}
-    assert {name: n for name, n in spilled.items() if n > SPILLS.get(name, 0)} == {}
+    spilled = [(kernel["name"].removeprefix("kda_"), kernel["spilled"]) for kernel in report[call]["kernels"]]
+    assert [(name, n) for name, n in spilled if n > SPILLS.get(name, 0)] == []
+
+
+def test_kernels_fit_gpus_with_little_shared_memory(report):
+    """Compiled for 8.6, which has 99 KiB a program: loads are requested less far ahead."""
+    assert [kernel["name"].removeprefix("kda_") for kernel in report["small"]["kernels"]] == GRADIENT
 
 
 def test_queries_and_keys_are_not_repeated_to_value_heads(report):
