@@ -1,6 +1,6 @@
 """chunk's backward pass, third launch: the cotangents of what a chunk's products were made of, for all chunks at once.
 
-Bound: memory, about 0.17 MB a chunk and value head at K = V = 128, the chunk's first state the largest part; 8 MFLOP. What
+Bound: memory, about 0.17 MB a chunk and value head at K = V = 128, the chunk's first state the largest part; 5 MFLOP. What
 the forward pass did not keep is computed again from that state. The gradients of v and beta are done here.
 
 The cotangents of A_qk and A_kk leave as float16, scaled by a power of two that takes the larger of them near 2^6.

@@ -1,6 +1,6 @@
 """chunk's backward pass, last launch: the gradients of q, k and g, for all chunks at once.
 
-Bound: memory, 0.2 MB a chunk and value head at K = 128, with some 10 MFLOP; what it has to be kept from is being bound by
+Bound: memory, 0.2 MB a chunk and value head at K = 128, with some 20 MFLOP; what it has to be kept from is being bound by
 what stands between the products. So tiles are held channels by tokens, [K, T]: then every product over tokens has on its
 left what was just computed, in the registers that it is in, and on its right one of a few [T, T] matrices, which come from
 memory. T = 32 tokens are half a chunk: all of a half fits into half of the registers, so that two programs share a

@@ -1,7 +1,7 @@
 """chunk, first launch: what depends on one chunk alone, for all chunks at once.
 
 Bound: memory. A chunk and value head reads q, k, g (48 KB in bfloat16 at K = 128, q and k shared by a group) and writes
-64 KB; its products, about 25 MFLOP on tensor cores, take as long at half their peak. What it has to be kept from is being
+64 KB; its products, about 14 MFLOP on tensor cores, would take less. What it has to be kept from is being
 bound by instructions: two decays at the edges of a block of tokens serve most products, and products with them are float16.
 
 Decay stands between two tokens, so that the products A_qk and A_kk are no plain matrix products. Halving the chunk six
