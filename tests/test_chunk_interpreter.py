@@ -213,17 +213,16 @@ def test_gate_inputs_side_by_side(gate, values):
     check(call.replace(**chosen(call, "g", *values)))
 
 
-TOO_FAR_APART = pytest.mark.xfail(reason="without the norm, sizes further apart than 1e6 cost other tokens their digits")
+TOO_FAR_APART = pytest.mark.xfail(reason="without the norm, a query 1e8 times smaller than another of its chunk reads nothing")
 
 
 @pytest.mark.parametrize(
     ("name", "size", "norm"),
     [
         *((name, size, True) for name in "qk" for size in (0, 1e-30, 1e-5, 1e15)),
-        *(("q", size, False) for size in (0, 1e-5, 1e5)),
-        *(("k", size, False) for size in (0, 1e-5)),
+        *(("q", size, False) for size in (0, 1e-6, 1e6)),
+        *(("k", size, False) for size in (0, 1e-30, 1e-8, 1e-5)),
         *(pytest.param("q", size, False, marks=TOO_FAR_APART) for size in (1e-15, 1e15)),
-        *(pytest.param("k", size, False, marks=TOO_FAR_APART) for size in (1e-30, 1e-8)),
     ],
 )
 def test_sizes_side_by_side(name, size, norm):

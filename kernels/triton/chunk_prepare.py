@@ -231,8 +231,11 @@ def factor(x, head, valid, K: tl.constexpr, BK: tl.constexpr, L2NORM_EPS: tl.con
         inverse = tl.rsqrt(tl.sum(found, axis=1) + L2NORM_EPS)
         size = tl.full([C], 1.0, tl.float32)
     else:
+        # Not below 2^-10 of the chunk's largest: what is multiplied with the size in turn must not outgrow other tokens'.
         power = tl.max(found, axis=1).to(tl.int32, bitcast=True) & 0x7F800000
-        power = tl.where(power == 0, 0x3F800000, tl.minimum(tl.maximum(power, 0x1F800000), 0x5F800000))
+        largest = tl.max(power, axis=0)
+        largest = tl.where(largest == 0, 0x3F800000, tl.minimum(tl.maximum(largest, 0x24800000), 0x5F800000))
+        power = tl.minimum(tl.maximum(power, largest - (10 << 23)), largest)
         size = power.to(tl.float32, bitcast=True)
         inverse = (0x7F000000 - power).to(tl.float32, bitcast=True)
     return inverse, size
