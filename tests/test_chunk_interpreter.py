@@ -213,7 +213,7 @@ def test_gate_inputs_side_by_side(gate, values):
     check(call.replace(**chosen(call, "g", *values)))
 
 
-TOO_FAR_APART = pytest.mark.xfail(reason="without the norm, a query 1e8 times smaller than another of its chunk reads nothing")
+TOO_FAR_APART = pytest.mark.xfail(reason="without the norm, a query 1e8 times smaller than others of its chunk reads zero")
 
 
 @pytest.mark.parametrize(

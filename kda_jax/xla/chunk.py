@@ -71,8 +71,10 @@ def backward(args: ChunkBackwardOperands, spec: ChunkSpec) -> tuple[jax.Array, .
         for name, x, axes in (("A_log", args.A_log, 1), ("dt_bias", args.dt_bias, 2))
         if x is not None
     }
-    args = args._replace(**per_row)
-    raw = {name: getattr(args, name) for name in ("q", "k", "v", "g", "beta", *per_row)}
+    # Zeros, not its content: a derivative of NaN is NaN even times zero.
+    within = {name: chunked.without_padding(getattr(args, name)) for name in ("q", "k", "v", "g", "beta")}
+    args = args._replace(**per_row, **within)
+    raw = within | per_row
     tokens, pull_tokens = jax.vjp(lambda raw: prepare(args._replace(**raw), spec), raw)
     chunks = Tokens(*map(chunked.to_chunks, tokens))
     do = chunked.to_chunks(args.do.astype(tokens.v.dtype))

@@ -35,6 +35,10 @@ class Uniform:
         """The inverse of to_chunks."""
         return self._join(x)[:, : self.tokens]
 
+    def without_padding(self, x: jax.Array) -> jax.Array:
+        """[B, T, ...] with zeros for the tokens of no sequence."""
+        return x
+
     def scan(self, step: Step, start: jax.Array, chunks: Any, *, reverse: bool = False) -> tuple[jax.Array, Any]:
         """Carries the states ``[S, HV, V, K]`` over the chunks: ``step(state, chunk) -> (state, out)``.
 
@@ -94,6 +98,10 @@ class Packed(Uniform):
             self._at(self._first_chunk[:, :-1], sequence) * self.length + token - self._at(self.offsets[:, :-1], sequence)
         )
         return self._at(self._join(x), jnp.where(token < self.offsets[:, -1:], place, -1))
+
+    def without_padding(self, x: jax.Array) -> jax.Array:
+        within = jnp.arange(self.tokens) < self.offsets[:, -1:]
+        return jnp.where(within.reshape(*within.shape, *(1,) * (x.ndim - 2)), x, 0)
 
     def scan(self, step: Step, start: jax.Array, chunks: Any, *, reverse: bool = False) -> tuple[jax.Array, Any]:
         batch = self.offsets.shape[0]
