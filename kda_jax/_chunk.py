@@ -20,6 +20,8 @@ from kda_jax._operands import (
     ChunkSpec,
     arithmetic_dtype,
     num_chunks,
+    prepared_dtype,
+    prepared_sizes,
 )
 from kda_jax._primitive import Operation, Output, vary_together
 
@@ -39,9 +41,8 @@ def _forward_outputs(args: ChunkOperands, sizes: dict[str, int], spec: ChunkSpec
     if spec.states_dtype is not None:
         outputs.append(Output("B C HV V K", spec.states_dtype))
         if spec.save_intermediates:
-            sizes |= {"L": spec.chunk_size, "M": spec.chunk_size, "R": 3}
-            full = ("rows", "decay")
-            outputs += (Output(axes, jnp.float32 if x in full else jnp.float16) for x, axes in PREPARED_AXES.items())
+            sizes |= prepared_sizes(spec.chunk_size)
+            outputs += (Output(axes, prepared_dtype(name)) for name, axes in PREPARED_AXES.items())
     return tuple(outputs)
 
 

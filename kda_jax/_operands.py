@@ -211,10 +211,20 @@ def num_chunks(tokens: int, chunk_size: int, sequences: int | None = None) -> in
     return min(tokens, tokens // length + sequences)
 
 
-def empty_prepared(args: ChunkOperands, spec: ChunkSpec, chunks: int) -> Prepared:
-    """Zeros, of an implementation that has no use for them."""
+def prepared_dtype(name: str) -> Any:
+    return jnp.float32 if name in ("rows", "decay") else jnp.float16
+
+
+def prepared_sizes(chunk_size: int) -> dict[str, int]:
+    """The axes of Prepared that no operand has."""
+    return {"L": chunk_size, "M": chunk_size, "R": 3}
+
+
+def prepared_shapes(args: Any, chunks: int, chunk_size: int) -> list[jax.ShapeDtypeStruct]:
+    """Of Prepared's fields, for the operands of either pass."""
     batch, _, value_heads, k_dim = args.g.shape
-    lead, size = (batch, chunks, value_heads), spec.chunk_size
-    wide, square = jnp.zeros((*lead, size, k_dim), jnp.float16), jnp.zeros((*lead, size, size), jnp.float16)
-    rows, decay = jnp.zeros((*lead, 3, size), jnp.float32), jnp.zeros((*lead, k_dim), jnp.float32)
-    return Prepared(wide, wide, wide, square, square, square, rows, decay)
+    sizes = {"B": batch, "C": chunks, "HV": value_heads, "K": k_dim} | prepared_sizes(chunk_size)
+    return [
+        jax.ShapeDtypeStruct(tuple(sizes[axis] for axis in axes.split()), prepared_dtype(name))
+        for name, axes in PREPARED_AXES.items()
+    ]

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kda_jax._operands import ChunkBackwardOperands, ChunkOperands, ChunkSpec, Prepared, num_chunks
+from kda_jax._operands import ChunkBackwardOperands, ChunkOperands, ChunkSpec, Prepared, num_chunks, prepared_shapes
 from kda_jax.kernels.triton import chunk_forward, chunk_prepare
 from kda_jax.triton.launch import launch, like, token_constants
 
@@ -83,11 +83,9 @@ def _edge_picks() -> np.ndarray:
 def prepare(args: Any, spec: ChunkSpec, chunks: Chunks, *, with_A_kk: bool) -> Prepared:
     """A_kk is a stand-in where it is not wanted."""
     batch, tokens, value_heads, _ = args.v.shape
-    k_dim = args.k.shape[-1]
-    lead = batch, chunks.number, value_heads
-    half = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float16)
-    full = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
-    wide, square = half(*lead, CHUNK, k_dim), half(*lead, CHUNK, CHUNK)
+    outputs = prepared_shapes(args, chunks.number, CHUNK)
+    if not with_A_kk:
+        outputs[Prepared._fields.index("A_kk")] = jax.ShapeDtypeStruct((1,), jnp.float16)
     constants = token_constants(args, spec)
     for name in ("V", "SCALE", "SOFTPLUS_LINEAR_ABOVE"):
         del constants[name]
@@ -98,7 +96,7 @@ def prepare(args: Any, spec: ChunkSpec, chunks: Chunks, *, with_A_kk: bool) -> P
         *launch(
             chunk_prepare.prepare,
             (args.q, args.k, args.g, args.beta, *gate, absent(chunks.bounds), *picks, -tokens, -chunks.number),
-            (wide, wide, wide, square, square if with_A_kk else half(1), square, full(*lead, 3, CHUNK), full(*lead, k_dim)),
+            outputs,
             programs=batch * chunks.number * value_heads,
             warps=PREPARE.warps,
             fuse=True,

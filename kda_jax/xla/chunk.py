@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kda_jax._operands import ChunkBackwardOperands, ChunkOperands, ChunkSpec, empty_prepared
+from kda_jax._operands import ChunkBackwardOperands, ChunkOperands, ChunkSpec, prepared_shapes
 from kda_jax.xla.decay import decayed_products, matmul, matmul_t, unit_lower_inverse
 from kda_jax.xla.layout import layout
 from kda_jax.xla.tokens import Tokens, for_value_heads, prepare
@@ -57,8 +57,10 @@ def forward(args: ChunkOperands, spec: ChunkSpec) -> tuple[jax.Array, ...]:
     if spec.states_dtype is None:
         return o, final
     states = jnp.moveaxis(states, 0, 1).astype(spec.states_dtype)
+    if not spec.save_intermediates:
+        return o, final, states
     # The backward pass here computes chunk after chunk again in any case.
-    return (o, final, states, *(empty_prepared(args, spec, states.shape[1]) if spec.save_intermediates else ()))
+    return o, final, states, *(jnp.zeros(x.shape, x.dtype) for x in prepared_shapes(args, states.shape[1], spec.chunk_size))
 
 
 def backward(args: ChunkBackwardOperands, spec: ChunkSpec) -> tuple[jax.Array, ...]:
