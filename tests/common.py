@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -119,6 +124,21 @@ def equations(jaxpr: Any, name: str) -> Iterator[Any]:
             yield equation
         for nested in jaxprs_in_params(equation.params):
             yield from equations(nested, name)
+
+
+on_a_gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU that JAX can use"),
+]
+
+
+def reported_by(script: str) -> Any:
+    """What a script of this folder prints last, as JSON, from a process of its own without a GPU."""
+    path = pathlib.Path(__file__).with_name(script)
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, path], env=env | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 KERNELS = "triton_kernel_call_ffi", "mosaic_gpu_v2"

@@ -1,12 +1,8 @@
 """chunk's Triton kernels compiled for sm_90 without a GPU, by tests/compiled_chunk.py in a process of its own."""
 
-import json
-import os
-import pathlib
-import subprocess
-import sys
-
 import pytest
+
+from .common import reported_by
 
 pytest.importorskip("triton")
 pytest.importorskip("jax_triton")
@@ -28,11 +24,7 @@ calls = pytest.mark.parametrize("call", KERNELS)
 
 @pytest.fixture(scope="module")
 def report():
-    script = pathlib.Path(__file__).with_name("compiled_chunk.py")
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, script], env=env | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return reported_by("compiled_chunk.py")
 
 
 @calls

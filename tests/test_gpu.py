@@ -28,14 +28,12 @@ from .common import (
     assert_equal,
     at_kernel_dims,
     kernels,
+    on_a_gpu,
     rows,
     stack,
 )
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU that JAX can use"),
-]
+pytestmark = on_a_gpu
 
 GATES = ("softplus", "lower_bound", None)
 PALLAS = dataclasses.replace(

@@ -29,14 +29,12 @@ from .common import (
     chunk_step_by_oracle,
     compiled_text,
     kernels,
+    on_a_gpu,
     rows,
     stack,
 )
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU that JAX can use"),
-]
+pytestmark = on_a_gpu
 
 IMPLEMENTATION = "triton"
 GATES = "softplus", "lower_bound", None

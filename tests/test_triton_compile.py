@@ -1,12 +1,8 @@
 """Every Triton kernel lowered and compiled for sm_90 without a GPU, by tests/compiled.py in a process of its own."""
 
-import json
-import os
-import pathlib
-import subprocess
-import sys
-
 import pytest
+
+from .common import reported_by
 
 pytest.importorskip("triton")
 pytest.importorskip("jax_triton")
@@ -31,11 +27,7 @@ pools = pytest.mark.parametrize("pool", ["float32", "bfloat16"])
 
 @pytest.fixture(scope="module")
 def report():
-    script = pathlib.Path(__file__).with_name("compiled.py")
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, script], env=env | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return reported_by("compiled.py")
 
 
 @dims
