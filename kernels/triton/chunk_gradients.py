@@ -3,7 +3,7 @@
 Bound: memory, 0.2 MB a chunk and value head at K = 128, with some 20 MFLOP; what it has to be kept from is being bound by
 what stands between the products. So tiles are held channels by tokens, [K, T]: then every product over tokens has on its
 left what was just computed, in the registers that it is in, and on its right one of a few [T, T] matrices, which come from
-memory. T = 32 tokens are half a chunk: all of a half fits into half of the registers, so that two programs share a
+memory. T = 32 tokens are half a chunk: nearly all of a half fits into half of the registers, so that two programs share a
 multiprocessor and one computes while the other waits. A program has all channels of a head, and takes the value heads of
 a group one after the other, so that the gradients of their q and k are summed in registers: no atomics, one order.
 
