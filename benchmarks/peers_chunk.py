@@ -1,8 +1,8 @@
 """FLA's chunk_kda beside kda.chunk, for ``python -m benchmarks.peers --suites chunk``, which runs this in other processes.
 
 FLA tunes its kernels at the first call of every head count: some 170 variants to compile, minutes one after the other. So
-they are compiled ahead, several head counts at a time; ``python -m benchmarks.peers_chunk`` does that alone. The tuning
-counts in the process that times, a process for each gate, because the keys that FLA tunes by do not name the gate.
+they are compiled ahead, a process a core; ``python -m benchmarks.peers_chunk`` does that alone. The tuning counts in the
+process that times, a process for each gate, because the keys that FLA tunes by do not name the gate.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 import concurrent.futures
 import functools
 import gc
+import itertools
 import json
 import os
 import subprocess
@@ -33,9 +34,14 @@ def rows(size: str) -> list[dict[str, Any]]:
 
 
 def ahead(size: str) -> None:
-    groups = {(cell.gate, cell.heads, cell.value_heads) for cell in sequences(size)}
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda group: _process(size, group[0], f"--ahead={group[1]},{group[2]}"), sorted(groups)))
+    heads = sorted({(cell.heads, cell.value_heads) for cell in sequences(size)})
+    cores = os.cpu_count() or 1
+    shards = max(1, cores // len(heads))
+    tasks = [[*map(str, (*pair, shard, shards))] for pair in heads for shard in range(shards)]
+    with concurrent.futures.ThreadPoolExecutor(cores) as pool:
+        for gate in GATES:  # most kernels are the same for the next
+            process = functools.partial(_process, size, gate, "--ahead")
+            list(pool.map(lambda task, process=process: process(*task), tasks))
 
 
 def _process(size: str, *arguments: str) -> list[dict[str, Any]]:
@@ -141,24 +147,33 @@ def _compile(cell: Sequences, variant: str) -> dict[str, float]:
     return {}
 
 
-def _once(call: Callable[[], Any], quantiles: tuple[float, ...]) -> list[float]:
-    """In place of Triton's benchmark of a variant: it is compiled."""
-    call()
-    return [1.0 for _ in quantiles]
+def _compiling(shard: int, shards: int) -> Callable[..., list[float]]:
+    """In place of Triton's benchmark of a variant: one of so many is compiled, and preferred to those that are not."""
+    count = itertools.count()
+
+    def once(call: Callable[[], Any], quantiles: tuple[float, ...]) -> list[float]:
+        mine = next(count) % shards == shard
+        if mine:
+            call()
+        return [1.0 if mine else 2.0 for _ in quantiles]
+
+    return once
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers_chunk", description=__doc__)
     parser.add_argument("--cells", choices=("full", "quick"), default="full")
     parser.add_argument("--gate", choices=GATES, help=argparse.SUPPRESS)  # given to the processes that this one starts
-    parser.add_argument("--ahead", help=argparse.SUPPRESS)
+    parser.add_argument("--ahead", type=int, nargs=4, help=argparse.SUPPRESS)  # H, HV, shard, shards
     args = parser.parse_args()
     if args.gate is None:
         return ahead(args.cells)
     cells = [cell for cell in sequences(args.cells) if cell.gate == args.gate]
     if args.ahead:
-        triton.runtime.driver.active.get_benchmarker = lambda: _once
-        cells = [cell for cell in cells if f"{cell.heads},{cell.value_heads}" == args.ahead]
+        heads, value_heads, *shard = args.ahead
+        once = _compiling(*shard)
+        triton.runtime.driver.active.get_benchmarker = lambda: once
+        cells = [cell for cell in cells if (cell.heads, cell.value_heads) == (heads, value_heads)]
         print(json.dumps(_measure(cells, _compile)))
     else:
         print(json.dumps(_measure(cells, _eager, _graphed)))
