@@ -14,11 +14,13 @@ DIMS = "64 64", "128 128", "64 128", "128 64"
 KERNELS = (
     {f"forward {dims}": FORWARD for dims in DIMS}
     | {f"gradient {dims}": GRADIENT for dims in DIMS}
-    | dict.fromkeys(["no-group", "lower-bound", "log-decay", "raw", "packed", "float32", "vmap", "vmap-packed"], GRADIENT)
+    | dict.fromkeys(
+        ["no-group", "crowded", "lower-bound", "log-decay", "raw", "packed", "float32", "vmap", "vmap-packed"], GRADIENT
+    )
     | {"saved": [*FORWARD, *BACKWARD]}
 )
 # Bytes that a thread keeps in memory for want of registers, at most, in any of the calls; none in kernels that are not here.
-SPILLS = {"prepare": 40, "forward": 160, "backward": 244, "cotangents": 112, "state_cotangents": 348, "gradients": 720}
+SPILLS = {"prepare": 40, "forward": 160, "backward": 244, "cotangents": 112, "state_cotangents": 348, "gradients": 1160}
 calls = pytest.mark.parametrize("call", KERNELS)
 
 
@@ -39,9 +41,10 @@ def test_spills_are_within_what_is_documented(report, call):
     assert [(name, n) for name, n in spilled if n > SPILLS.get(name, 0)] == []
 
 
-def test_kernels_fit_gpus_with_little_shared_memory(report):
-    """Compiled for 8.6, which has 99 KiB a program: loads are requested less far ahead."""
-    assert [kernel["name"].removeprefix("kda_") for kernel in report["small"]["kernels"]] == GRADIENT
+@pytest.mark.parametrize("capability", ["8.6", "10.0"])
+def test_kernels_are_compiled_for_other_gpus(report, capability):
+    """8.6 has 99 KiB of shared memory a program: loads are requested less far ahead."""
+    assert [kernel["name"].removeprefix("kda_") for kernel in report[capability]["kernels"]] == GRADIENT
 
 
 def test_queries_and_keys_are_not_repeated_to_value_heads(report):

@@ -356,3 +356,14 @@ def test_no_initial_state_is_one_of_zeros():
     absent = step(call.replace(initial_state=None), *given)
     assert_equal(absent[:3], found[:3])
     assert_equal(absent.grads, {name: x for name, x in found.grads.items() if name != "initial_state"})
+
+
+@pytest.mark.parametrize("offsets", [None, (0, 33, 33, 70)], ids=["unpacked", "packed"])
+def test_wide_tiles_change_no_bit(offsets, monkeypatch):
+    """What a large batch is computed with, which shows in nothing but time."""
+    call = draw(dataclasses.replace(BASE, v_dim=128, cu_seqlens=offsets))
+    given = cotangents(call)
+    found = step(call, *given)
+    monkeypatch.setitem(chunk.MULTIPROCESSORS, None, 0)
+    assert chunk.chain_tile(chunk.FORWARD, 1, 128) == chunk.WIDE
+    assert_equal(step(call, *given), found)

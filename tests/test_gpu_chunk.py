@@ -159,6 +159,20 @@ def test_a_sequence_is_the_same_alone():
             assert_equal(of_alone["initial_state"], grads["initial_state"][n, None])
 
 
+def test_a_row_is_the_same_alone():
+    """Bit for bit, though a large batch has wider tiles."""
+    drawn, options = draw(dataclasses.replace(BASE, batch=40, tokens=130, v_dim=128))
+    cotangents = cotangents_of(drawn, options)
+    out, grads = step(drawn, cotangents, **options)
+    per_row = (*TOKENS, "initial_state")
+    for row in (0, 39):
+        of_row = functools.partial(jax.tree.map, lambda x, row=row: x[row, None])
+        one = of_row({name: drawn[name] for name in per_row}) | {"gate": drawn["gate"]}
+        alone, of_alone = step(one, of_row(cotangents), **options)
+        assert_equal(alone, of_row(out))
+        assert_equal({name: of_alone[name] for name in per_row}, of_row({name: grads[name] for name in per_row}))
+
+
 def of_heads(x, group):
     """q and k repeated to the value heads of their groups."""
     return x | {name: jnp.repeat(x[name], group, axis=2) for name in ("q", "k")}

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kda_jax import _target
 from kda_jax._operands import ChunkBackwardOperands, ChunkOperands, ChunkSpec, Prepared, num_chunks, prepared_shapes
 from kda_jax.kernels.triton import chunk_forward, chunk_prepare
 from kda_jax.triton.launch import launch, like, token_constants
@@ -25,6 +26,18 @@ class Tile(NamedTuple):
 
 PREPARE = Tile(32, 4)
 FORWARD = Tile(64, 4, stages=3)
+WIDE = Tile(128, 8, stages=2)
+MULTIPROCESSORS = {90: 132}  # by compute capability; only there wide tiles have been timed
+
+
+def chain_tile(narrow: Tile, chains: int, v_dim: int) -> Tile:
+    """For the kernels that go from chunk to chunk, of which a multiprocessor runs one: wide where others would have to wait.
+
+    The bits are the same: what rows of V there are beside a row has no part in it.
+    """
+    at_once = MULTIPROCESSORS.get(_target.compute_capability())
+    waiting = at_once is not None and chains * (v_dim // narrow.width) > at_once
+    return WIDE if waiting and v_dim % WIDE.width == 0 else narrow
 
 
 class Chunks(NamedTuple):
@@ -124,6 +137,7 @@ def forward(args: ChunkOperands, spec: ChunkSpec) -> tuple[jax.Array, ...]:
     initial_dtype = jnp.float32 if args.initial_state is None else args.initial_state.dtype
     saved = (1,) if spec.states_dtype is None else (batch, chunks.number, *state)
     starts = absent(args.initial_state), absent(args.cu_seqlens), absent(chunks.first)
+    tile = chain_tile(FORWARD, batch * chunks.sequences * value_heads, v_dim)
     outputs = launch(
         chunk_forward.forward,
         (args.v, *for_chain(p), *starts, -chunks.sequences, -tokens, -chunks.number),
@@ -132,19 +146,19 @@ def forward(args: ChunkOperands, spec: ChunkSpec) -> tuple[jax.Array, ...]:
             jax.ShapeDtypeStruct((batch * chunks.sequences, *state), initial_dtype),
             jax.ShapeDtypeStruct(saved, spec.states_dtype or "float32"),
         ),
-        programs=batch * chunks.sequences * value_heads * (v_dim // FORWARD.width),
-        warps=FORWARD.warps,
+        programs=batch * chunks.sequences * value_heads * (v_dim // tile.width),
+        warps=tile.warps,
         fuse=True,
         HV=value_heads,
         K=k_dim,
         V=v_dim,
-        BV=FORWARD.width,
+        BV=tile.width,
         PACKED=chunks.packed,
         SCALE=spec.scale,
         NORMED=spec.qk_l2norm,
         HAS_INITIAL_STATE=args.initial_state is not None,
         SAVE_STATES=spec.states_dtype is not None,
-        STAGES=FORWARD.stages,
+        STAGES=tile.stages,
     )
     if spec.states_dtype is None:
         return outputs[:2]

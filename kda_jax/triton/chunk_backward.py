@@ -10,15 +10,14 @@ import numpy as np
 
 from kda_jax._operands import ChunkBackwardOperands, ChunkSpec
 from kda_jax.kernels.triton import chunk_backward, chunk_cotangents, chunk_gradients, chunk_state_cotangents
-from kda_jax.triton.chunk import CHUNK, Tile, chunks_of, for_chain, prepare, sum_picks
+from kda_jax.triton.chunk import CHUNK, Tile, chain_tile, chunks_of, for_chain, prepare, sum_picks
 from kda_jax.triton.launch import launch, like, token_constants
 
-BACKWARD = Tile(64, 4, stages=3)
+BACKWARD = Tile(64, 4, stages=2)
 COTANGENTS = Tile(64, 4)
 STATE_COTANGENTS = Tile(64, 4, stages=2)
 STATE_COTANGENTS_REGISTERS = 168
 GRADIENTS_STAGES = 2
-GRADIENTS_REGISTERS = 128  # two programs at a time; where they sum over a group that costs more than it gives
 
 
 def backward(args: ChunkBackwardOperands, spec: ChunkSpec) -> tuple[jax.Array, ...]:
@@ -35,17 +34,18 @@ def backward(args: ChunkBackwardOperands, spec: ChunkSpec) -> tuple[jax.Array, .
     of_chunk = -tokens, -chunks.number
     of_sequence = -chunks.sequences, *of_chunk
 
+    tile = chain_tile(BACKWARD, batch * chunks.sequences * value_heads, v_dim)
     initial = array(jnp.float32, 1) if args.initial_state is None else like(args.initial_state)[0]
     dsolved, dstates, dinitial_state = launch(
         chunk_backward.backward,
         (args.do, *for_chain(p), args.dstate, absent(args.cu_seqlens), absent(chunks.first), *of_sequence),
         (array(jnp.bfloat16, *lead, CHUNK, v_dim), *like(args.states), initial),
-        programs=batch * chunks.sequences * value_heads * (v_dim // BACKWARD.width),
-        warps=BACKWARD.warps,
+        programs=batch * chunks.sequences * value_heads * (v_dim // tile.width),
+        warps=tile.warps,
         fuse=True,
-        BV=BACKWARD.width,
+        BV=tile.width,
         HAS_INITIAL_STATE=args.initial_state is not None,
-        STAGES=BACKWARD.stages,
+        STAGES=tile.stages,
         **sizes,
         **options,
     )
@@ -83,8 +83,8 @@ def backward(args: ChunkBackwardOperands, spec: ChunkSpec) -> tuple[jax.Array, .
         (args.q, args.k, args.g, *gate, *of_ends, dA_qk, dA_kk, scales, p.rows, *_level_tables(), *places, *of_sequence),
         like(args.q, args.k, args.g),
         programs=batch * chunks.number * 2 * heads,
-        warps=k_dim // 16,
-        registers=GRADIENTS_REGISTERS if value_heads == heads else None,
+        # Two programs to a multiprocessor; those that sum over a group need all of its registers.
+        warps=4 if value_heads == heads else k_dim // 16,
         fuse=True,
         PACKED=chunks.packed,
         STAGES=GRADIENTS_STAGES,

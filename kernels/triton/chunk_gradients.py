@@ -1,11 +1,13 @@
 """chunk's backward pass, last launch: the gradients of q, k and g, for all chunks at once.
 
 Bound: memory, 0.2 MB a chunk and value head at K = 128, with some 20 MFLOP; what it has to be kept from is being bound by
-what stands between the products. So tiles are held channels by tokens, [K, T]: then every product over tokens has on its
-left what was just computed, in the registers that it is in, and on its right one of a few [T, T] matrices, which come from
-memory. T = 32 tokens are half a chunk: nearly all of a half fits into half of the registers, so that two programs share a
-multiprocessor and one computes while the other waits. A program has all channels of a head, and takes the value heads of
-a group one after the other, so that the gradients of their q and k are summed in registers: no atomics, one order.
+what stands between the products: their latency, barriers, and registers kept in memory. So tiles are held channels by
+tokens, [K, T]: then every product over tokens has on its left what was just computed, in the registers that it is in, and
+on its right one of a few [T, T] matrices, which come from memory. T = 32 tokens are half a chunk: nearly all of a half
+fits into half of the registers, so that two programs share a multiprocessor and one computes while the other waits. They
+are of four warps rather than eight: fewer have to wait for each other. A program has all channels of a head, and takes
+the value heads of a group one after the other, so that the gradients of their q and k are summed in registers: no atomics,
+one order.
 
 Decay is differentiated through its logarithm: the gradient of an exponential, times the exponential, belongs to every log
 decay in its exponent. These are sums of numbers over tokens, never differences of sums, so that no digits cancel.
@@ -71,9 +73,9 @@ def gradients(q, k, g, A_log, dt_bias, dq_in, dk_in, dk_out, halves, dA_qk, dA_k
             own_qk = dA_qk + tile * C * C + late * T * (C + 1)
             own_kk = dA_kk + tile * C * C + late * T * (C + 1)
             place_c = t[:, None] * C + t[None, :]
-            of_same = tl.load(own_qk + t * (C + 1)).to(tl.float32)[None, :]
-            sum_dq = sum_dq * (1 / down) + of_same * b_k
-            sum_dk = sum_dk * (1 / down) + of_same * b_q
+            of_same = tl.load(own_qk + t * (C + 1))[None, :]
+            sum_dq = sum_dq * (1 / down) + (of_same * b_k).to(tl.float32)
+            sum_dk = sum_dk * (1 / down) + (of_same * b_q).to(tl.float32)
             b_dg = tl.zeros([K, T], tl.float32)
             for level in tl.range(5, num_stages=STAGES):
                 pick = tl.load(picks + level * T * T + square)
@@ -103,7 +105,7 @@ def gradients(q, k, g, A_log, dt_bias, dq_in, dk_in, dk_out, halves, dA_qk, dA_k
                 sum_dq += of_q
                 of_k = tl.dot(before_k, pairs_kk) * until
                 sum_dk += of_k
-                b_dg = tl.dot((b_q * of_q + b_k * of_k).to(tl.float16), pick, b_dg)
+                b_dg = tl.dot(b_q * of_q.to(tl.float16) + b_k * of_k.to(tl.float16), pick, b_dg)
             else:
                 pick = tl.load(picks + 5 * T * T + square)
                 other_e = tl.exp2(tl.dot(other_g, tl.trans(pick))).to(tl.float16)
@@ -113,7 +115,7 @@ def gradients(q, k, g, A_log, dt_bias, dq_in, dk_in, dk_out, halves, dA_qk, dA_k
                 pick = tl.load(picks + 6 * T * T + square)
                 of_k *= tl.exp2(tl.dot(b_g, tl.trans(pick)))
                 sum_dk += of_k
-                b_dg = tl.dot((b_k * of_k).to(tl.float16), pick, b_dg)
+                b_dg = tl.dot(b_k * of_k.to(tl.float16), pick, b_dg)
 
             # Through the states at the chunk's ends.
             b_dg *= down * 256
