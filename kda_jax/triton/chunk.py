@@ -27,7 +27,7 @@ class Tile(NamedTuple):
 PREPARE = Tile(32, 4)
 FORWARD = Tile(64, 4, stages=3)
 WIDE = Tile(128, 8, stages=2)
-MULTIPROCESSORS = {90: 132}  # by compute capability; only there wide tiles have been timed
+MULTIPROCESSORS: dict[int | None, int] = {90: 132}  # by compute capability; only there wide tiles have been timed
 
 
 def chain_tile(narrow: Tile, chains: int, v_dim: int) -> Tile:
