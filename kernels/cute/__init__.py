@@ -1,0 +1,1 @@
+"""CuTe DSL kernels: each module has ``launch`` and says by ``operands`` which arrays it takes."""

@@ -1,0 +1,117 @@
+"""What the token kernels share: a warp's lanes over K, activations of one token, sums over a warp, and the recurrence.
+
+A lane has K / 32 neighbouring channels of whatever has channels. Sums over channels are sums over lanes, of many values at
+once: at every exchange a lane keeps half of the values and sends the other half, so that n values take some n exchanges
+and not 5 n. A value's sum has the same order whatever n is, so kernels of other tiles have the same bits.
+"""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32
+
+WARP = 32
+SCALE, LOWER_BOUND, L2NORM, L2NORM_EPS, SIGMOID, BETA_RANGE, LINEAR_ABOVE = range(7)  # of the array of options
+OPTIONS = 8
+
+
+def select(condition, x, y):
+    return type(y)(cutlass.select_(condition, x, y))
+
+
+def shuffled(x, offset):
+    return cute.arch.shuffle_sync_bfly(x, offset=offset)
+
+
+def sums(values, lane):
+    """Sums over the warp of up to 32 values, a power of two: value j is in the lanes from ``holder(j, len(values))`` on."""
+    for offset in (16, 8, 4, 2, 1):
+        if len(values) == 1:
+            values = [values[0] + shuffled(values[0], offset)]
+        else:
+            upper = (lane & offset) != 0
+            lower_half, upper_half = values[: len(values) // 2], values[len(values) // 2 :]
+            values = [
+                select(upper, y, x) + shuffled(select(upper, x, y), offset)
+                for x, y in zip(lower_half, upper_half, strict=True)
+            ]
+    return values[0]
+
+
+def holder(j, count):
+    return j * (WARP // count)
+
+
+def total(x):
+    for offset in (16, 8, 4, 2, 1):
+        x = x + shuffled(x, offset)
+    return x
+
+
+def by_lane(x, lead, channels):
+    """``x`` [..., K] as [..., 32, K / 32], rows of whatever lies before K."""
+    each = channels // WARP
+    strides, size = [], channels
+    for n in reversed(lead):
+        strides.insert(0, size)
+        size = size * n
+    return cute.make_tensor(x.iterator, cute.make_layout((*lead, WARP, each), stride=(*strides, each, 1)))
+
+
+def loaded(x):
+    """A lane's numbers, in float32."""
+    held = cute.make_rmem_tensor(x.layout, x.element_type)
+    cute.autovec_copy(x, held)
+    return [held[i].to(Float32) for i in range(cute.size(held))]
+
+
+def exp(x):
+    return cute.arch.exp2(x * 1.4426950408889634)
+
+
+def sigmoid(x):
+    return 1.0 / (1.0 + exp(-x))
+
+
+def log1p(x):
+    """For x >= 0, exact in the last bits where 1 + x rounds (Higham, Accuracy and Stability, 1.14.1)."""
+    u = 1.0 + x
+    exact = u == 1.0
+    return select(exact, x, cute.math.log(u) * (x / select(exact, Float32(1.0), u - 1.0)))
+
+
+def decays(g, A_log, dt_bias, options, GATE):
+    """exp of the log decays that the gate makes of its inputs."""
+    if GATE == "none":
+        return [exp(x) for x in g]
+    rate = exp(A_log)
+    x = [x + bias for x, bias in zip(g, dt_bias, strict=True)]
+    if GATE == "softplus":
+        above = options[LINEAR_ABOVE]
+        return [exp(-rate * select(y > above, y, log1p(exp(cute.arch.fmin(y, above))))) for y in x]
+    return [exp(options[LOWER_BOUND] * sigmoid(rate * y)) for y in x]
+
+
+def activated(q, k, beta, options):
+    """q, normalised and scaled; k, normalised; beta; and the dot of both. Options are numbers: one binary serves all."""
+    qq = total(dot(q, q))
+    kk = total(dot(k, k))
+    qk = total(dot(q, k))
+    normed = options[L2NORM] != 0.0
+    of_q = select(normed, cute.math.rsqrt(qq + options[L2NORM_EPS]), Float32(1.0)) * options[SCALE]
+    of_k = select(normed, cute.math.rsqrt(kk + options[L2NORM_EPS]), Float32(1.0))
+    beta = select(options[SIGMOID] != 0.0, options[BETA_RANGE] * sigmoid(beta), beta)
+    return [x * of_q for x in q], [x * of_k for x in k], beta, qk * of_q * of_k
+
+
+def dot(x, y):
+    found = x[0] * y[0]
+    for a, b in zip(x[1:], y[1:], strict=True):
+        found = found + a * b
+    return found
+
+
+def slot_of(slots, n, pool):
+    """The slot of row n, or 0, and whether it lies in the pool."""
+    slot = slots[n]
+    live = (slot >= 0) & (slot < pool)
+    return select(live, slot, Int32(0)), live

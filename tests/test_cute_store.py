@@ -1,0 +1,217 @@
+"""Compiled CuTe kernels as files: built without a GPU, found at lowering, damaged, written by several at once."""
+
+import collections
+import concurrent.futures
+import dataclasses
+import json
+import pathlib
+import subprocess
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import kda_jax as kda
+from kda_jax._operands import PoolOperands, Spec
+from kda_jax.cute import artifact, compiler, decode, elf, store
+from kda_jax.cute.__main__ import MANIFEST, build, every_kernel
+from kda_jax.cute.artifact import DamagedArtifactError, Kernel
+from kda_jax.cute.call import ARCHITECTURES
+
+CAPABILITIES = {"sm_90a": "9.0", "sm_100a": "10.0"}
+KERNEL = Kernel("decode", tuple(decode.choices(128, 128, "float32", None).items()), "sm_90a")
+FIGURES = {"dsl": "4.8.1", "registers": 72, "stack": 0, "shared": 65568}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A store of every kernel, built from nothing."""
+    pytest.importorskip("cutlass")
+    folder = tmp_path_factory.mktemp("store")
+    kernels = every_kernel(list(ARCHITECTURES.values()))
+    assert build(kernels, folder, processes=2) == kernels
+    return folder
+
+
+@pytest.fixture
+def empty(tmp_path, monkeypatch):
+    """No store but an empty cache, and nothing fetched before."""
+    monkeypatch.setenv("KDA_CUTE_CACHE", str(tmp_path))
+    monkeypatch.delenv("KDA_CUTE_STORE", raising=False)
+    monkeypatch.setattr(store, "PACKAGED", tmp_path / "none")
+    store._fetch.cache_clear()
+    yield tmp_path
+    store._fetch.cache_clear()
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    monkeypatch.setattr(store, "can_compile", lambda: False)
+
+
+def made(module=b"\x7fELF and more", kernel=KERNEL):
+    return artifact.Artifact(kernel, module, FIGURES)
+
+
+def test_manifest_says_what_was_built(built):
+    entries = json.loads((built / MANIFEST).read_text())
+    kernels = every_kernel(list(ARCHITECTURES.values()))
+    assert [entry["file"] for entry in entries] == [kernel.filename for kernel in kernels]
+    for kernel, entry in zip(kernels, entries, strict=True):
+        assert entry["choices"] == dict(kernel.choices)
+        assert entry["source"] == artifact.source_digest()
+        assert entry["dsl"].startswith("4.")
+        assert entry["stack"] == 0, kernel  # nothing is spilled
+        assert 0 < entry["registers"] <= 65536 // (3 * 128)  # three programs of four warps share a multiprocessor
+        assert 3 * entry["shared"] <= 227 << 10
+        (cubin,) = elf.cubins(artifact.read(kernel, built).module)
+        assert elf.architecture(cubin) == int(kernel.arch.removeprefix("sm_").removesuffix("a"))
+
+
+def test_states_go_through_bulk_copies(built, tmp_path):
+    """Loads of all stages, one store; and a lane reads its part of a row of the ring at once."""
+    triton = pytest.importorskip("triton")
+    nvdisasm = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    for state_dtype, width in (("float32", "128"), ("bfloat16", "64")):
+        kernel = dataclasses.replace(KERNEL, choices=tuple(decode.choices(128, 128, state_dtype, None).items()))
+        (cubin,) = elf.cubins(artifact.read(kernel, built).module)
+        (tmp_path / "cubin").write_bytes(cubin)
+        text = subprocess.run([nvdisasm, "-c", tmp_path / "cubin"], capture_output=True, text=True, check=True).stdout
+        counts = collections.Counter(word for word in text.replace(";", " ").split() if word[0].isupper())
+        assert (counts["UBLKCP.S.G"], counts["UBLKCP.G.S"]) == (4, 1)
+        assert counts[f"LDS.{width}"] == counts[f"STS.{width}"] > 0
+
+
+def test_a_second_build_compiles_what_is_missing(built, monkeypatch):
+    kernels = every_kernel(list(ARCHITECTURES.values()))
+    taken = kernels[3]
+    (built / taken.filename).unlink()
+    assert build(kernels, built, processes=1) == [taken]
+    monkeypatch.setattr(compiler, "compile_all", lambda kernels, processes: [])
+    assert build(kernels, built, processes=1) == []
+
+
+def lowered(capability, n=3, **changes):
+    """The text of a decode program for a GPU that is not there."""
+    f32, bf16 = jnp.float32, jnp.bfloat16
+    array = jax.ShapeDtypeStruct
+    token = [array((n, 2, 128), bf16)] * 2 + [array((n, 4, 128), bf16)] * 2 + [array((n, 4), bf16)]
+    args = PoolOperands(*token, array((4,), f32), array((4, 128), f32), array((5, 4, 128, 128), f32), array((n,), jnp.int32))
+    spec = Spec("softplus", None, True, True, False, 0.1, None)
+    check = jax.export.DisabledSafetyCheck.custom_call("CuteDSLRT_NvJaxCutlassCall_v2")
+    with kda.cuda_target(capability):
+        run = jax.jit(lambda args: decode.decode(args, spec))
+        return jax.export.export(run, platforms=["cuda"], disabled_checks=[check])(args._replace(**changes)).mlir_module()
+
+
+@pytest.mark.parametrize("arch", CAPABILITIES)
+def test_programs_find_their_kernel_in_the_store(built, empty, no_compiler, monkeypatch, arch):
+    """One object for every N and number of slots; the pool is written in place."""
+    monkeypatch.setenv("KDA_CUTE_STORE", str(built))
+    choices = decode.choices(128, 128, "float32", "softplus")
+    key = artifact.read(Kernel("decode", tuple(choices.items()), arch), built).key
+    larger = lowered(CAPABILITIES[arch], 7, state=jax.ShapeDtypeStruct((9, 4, 128, 128), jnp.float32))
+    for text in (lowered(CAPABILITIES[arch]), larger):
+        assert text.count("@CuteDSLRT_NvJaxCutlassCall_v2") == 1
+        assert "operand_index = 7" in text
+        escaped = "".join(chr(x) if 32 <= x < 127 and chr(x) not in '"\\' else f"\\{x:02X}" for x in key)
+        assert f'key = "{escaped}"' in text
+
+
+def test_without_store_or_compiler_it_says_what_to_install(empty, no_compiler):
+    with pytest.raises(store.UnavailableError, match=r"decode\(K=128.*pip install 'kda-jax\[cute\]'.*--arch sm_90a"):
+        store.fetch(KERNEL)
+
+
+def test_what_is_missing_is_compiled_once_and_kept(empty, monkeypatch):
+    pytest.importorskip("cutlass")
+    found = store.fetch(KERNEL)
+    assert [path.name for path in empty.iterdir()] == [KERNEL.filename]
+    store._fetch.cache_clear()
+    monkeypatch.setattr(compiler, "compile_all", None)
+    assert store.fetch(KERNEL) == found
+
+
+def test_loading_takes_less_than_50_ms(built, empty, monkeypatch):
+    monkeypatch.setenv("KDA_CUTE_STORE", str(built))
+    times = []
+    for _ in range(5):
+        store._fetch.cache_clear()
+        began = time.perf_counter()
+        store.fetch(KERNEL)
+        times.append(time.perf_counter() - began)
+    assert min(times) < 0.05
+
+
+DAMAGES = {
+    "truncated": lambda data: data[:-3],
+    "altered": lambda data: data[:-3] + b"xyz",
+    "cut in its first line": lambda data: data[:40],
+    "empty": lambda data: b"",
+    "of another kind": lambda data: b"\x7fELF\x02\n\x00",
+    "JSON, but no artifact's": lambda data: b"[1]\n",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_damaged_artifacts_are_refused(empty, no_compiler, damage):
+    path = artifact.write(made(), empty)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(DamagedArtifactError, match=KERNEL.filename):
+        artifact.read(KERNEL, empty)
+    with pytest.raises(store.UnavailableError, match=KERNEL.filename):
+        store.fetch(KERNEL)
+
+
+def test_artifacts_of_other_architectures_are_refused(empty):
+    other = dataclasses.replace(KERNEL, arch="sm_100a")
+    artifact.write(made(kernel=other), empty).rename(empty / KERNEL.filename)
+    with pytest.raises(DamagedArtifactError, match="sm_100a"):
+        artifact.read(KERNEL, empty)
+
+
+def test_damaged_artifacts_are_compiled_anew(empty, monkeypatch):
+    monkeypatch.setattr(store, "can_compile", lambda: True)
+    monkeypatch.setattr(compiler, "compile_all", lambda kernels: [made()])
+    (empty / KERNEL.filename).write_bytes(b"no artifact")
+    with pytest.warns(UserWarning, match="compiling anew"):
+        assert store.fetch(KERNEL) == made()
+    assert artifact.read(KERNEL, empty) == made()
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(empty, monkeypatch):
+    monkeypatch.setattr(store, "can_compile", lambda: True)
+    monkeypatch.setattr(compiler, "compile_all", lambda kernels: [made()])
+    (empty / "file").touch()
+    monkeypatch.setenv("KDA_CUTE_CACHE", str(empty / "file"))
+    with pytest.warns(UserWarning, match="is not kept"):
+        assert store.fetch(KERNEL) == made()
+
+
+def test_what_changes_the_object_changes_its_name(monkeypatch):
+    others = {KERNEL.filename}
+    others |= {dataclasses.replace(KERNEL, arch="sm_100a").filename, dataclasses.replace(KERNEL, host="aarch64").filename}
+    others |= {dataclasses.replace(KERNEL, choices=tuple(decode.choices(64, 128, "float32", None).items())).filename}
+    monkeypatch.setattr(artifact, "source_digest", lambda: "of another source")
+    assert len(others | {KERNEL.filename}) == 5
+
+
+def test_writers_at_the_same_time_leave_a_whole_file(tmp_path):
+    """Whoever reads meanwhile finds one of theirs or none."""
+    versions = [made(bytes([i]) * 300_000) for i in range(4)]
+
+    def work(i):
+        for _ in range(20):
+            artifact.write(versions[i], tmp_path)
+            assert artifact.read(KERNEL, tmp_path) in versions
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert [path.name for path in tmp_path.iterdir()] == [KERNEL.filename]
+
+
+def test_the_compiler_s_refusal_is_passed_on(monkeypatch):
+    pytest.importorskip("cutlass")
+    with pytest.raises(compiler.CompilationError, match=r"(?s)STATE=float8.*Traceback.*float8"):
+        compiler.compile_all([dataclasses.replace(KERNEL, choices=tuple(decode.choices(128, 128, "float8", None).items()))])
