@@ -7,11 +7,11 @@ import json
 import os
 import pathlib
 
-from kda_jax.cute import artifact, compiler, decode, store
+from kda_jax.cute import artifact, compiler, decode, flush, store
 from kda_jax.cute.artifact import DamagedArtifactError, Kernel
 from kda_jax.cute.call import ARCHITECTURES
 
-FAMILIES = (decode,)
+FAMILIES = (decode, flush)
 MANIFEST = "manifest.json"
 
 

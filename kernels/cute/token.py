@@ -64,6 +64,13 @@ def loaded(x):
     return [held[i].to(Float32) for i in range(cute.size(held))]
 
 
+def write(values, x):
+    held = cute.make_rmem_tensor(x.layout, x.element_type)
+    for i, value in enumerate(values):
+        held[i] = value.to(x.element_type)
+    cute.autovec_copy(held, x)
+
+
 def exp(x):
     return cute.arch.exp2(x * 1.4426950408889634)
 
@@ -110,7 +117,7 @@ def dot(x, y):
     return found
 
 
-def slot_of(slots, n, pool):
+def slot_of(slots, pool, n):
     """The slot of row n, or 0, and whether it lies in the pool."""
     slot = slots[n]
     live = (slot >= 0) & (slot < pool)
