@@ -16,7 +16,7 @@ import cutlass.cute as cute
 from cutlass import Float32
 
 from . import stream
-from .token import OPTIONS, activated, by_lane, decays, dot, holder, loaded, select, shuffled, slot_of, sums, write
+from .token import OPTIONS, activated, by_lane, decays, loaded, own_row, select, slot_of, step, write
 
 
 def operands(K, V, STATE, GATE):
@@ -68,20 +68,16 @@ def decode(
         b_q, b_k, b_beta, kq = activated(
             loaded(q_lanes[n, h, lane, None]), loaded(k_lanes[n, h, lane, None]), beta[n, hv].to(Float32), options
         )
-        # Of a row the lower sixteen lanes come to hold the sum with k, the others that with q.
-        row = (tile.part * stream.WARPS + ring.warp) * OWN + lane % 16 // (16 // OWN)
+        row = (tile.part * stream.WARPS + ring.warp) * OWN + own_row(lane, OWN)
         b_v = v[n, hv, row].to(Float32)
 
         stream.arrived(ring, i)
-        s = [[x * y for x, y in zip(loaded(stream.row_of(ring, i, j)), decay, strict=True)] for j in range(OWN)]
-        found = sums([dot(x, b_k) for x in s] + [dot(x, b_q) for x in s], lane)
-        u = b_beta * (b_v - found)
-        of_u = shuffled(u, 16)
+        rows = [loaded(stream.row_of(ring, i, j)) for j in range(OWN)]
+        rows, b_o = step(rows, decay, b_q, b_k, kq, b_beta, b_v, lane)
+        for j in cutlass.range_constexpr(OWN):
+            write(rows[j], stream.row_of(ring, i, j))
         _, live = slot_of(slots, state.shape[0], n)
         if (lane >= 16) & (lane % (16 // OWN) == 0):
-            o[n, hv, row] = select(live, found + of_u * kq, Float32(0.0)).to(o.element_type)
-        for j in cutlass.range_constexpr(OWN):
-            of_row = cute.arch.shuffle_sync(u, holder(j, 2 * OWN))
-            write([x + of_row * y for x, y in zip(s[j], b_k, strict=True)], stream.row_of(ring, i, j))
+            o[n, hv, row] = select(live, b_o, Float32(0.0)).to(o.element_type)
         stream.leave(ring, i)
     stream.finish(ring)

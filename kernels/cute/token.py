@@ -41,6 +41,10 @@ def holder(j, count):
     return j * (WARP // count)
 
 
+def from_lane(x, lane):
+    return cute.arch.shuffle_sync(x, lane)
+
+
 def total(x):
     for offset in (16, 8, 4, 2, 1):
         x = x + shuffled(x, offset)
@@ -115,6 +119,25 @@ def dot(x, y):
     for a, b in zip(x[1:], y[1:], strict=True):
         found = found + a * b
     return found
+
+
+def step(rows, decay, q, k, kq, beta, v, lane):
+    """One token on a warp's 8 or 16 rows of the state: the new rows, and the outputs in the upper sixteen lanes.
+
+    ``v`` of a row is in the lanes that hold its sums: ``own_row``. Of these the lower come to hold the sum with k, the
+    upper that with q.
+    """
+    rows = [[x * y for x, y in zip(row, decay, strict=True)] for row in rows]
+    found = sums([dot(row, k) for row in rows] + [dot(row, q) for row in rows], lane)
+    u = beta * (v - found)
+    o = found + shuffled(u, 16) * kq
+    updates = [from_lane(u, holder(j, 2 * len(rows))) for j in range(len(rows))]
+    return [[x + u * y for x, y in zip(row, k, strict=True)] for u, row in zip(updates, rows, strict=True)], o
+
+
+def own_row(lane, count):
+    """Which of a warp's ``count`` rows a lane holds sums of."""
+    return lane % 16 // (16 // count)
 
 
 def slot_of(slots, pool, n):
