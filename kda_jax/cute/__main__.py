@@ -7,11 +7,11 @@ import json
 import os
 import pathlib
 
-from kda_jax.cute import artifact, compiler, decode, flush, store
+from kda_jax.cute import artifact, compiler, decode, decode_mtp, flush, store
 from kda_jax.cute.artifact import DamagedArtifactError, Kernel
 from kda_jax.cute.call import ARCHITECTURES
 
-FAMILIES = (decode, flush)
+FAMILIES = (decode, decode_mtp, flush)
 MANIFEST = "manifest.json"
 
 

@@ -14,12 +14,12 @@ import cutlass.cute as cute
 from cutlass import Int32
 from cutlass.cute.nvgpu import cpasync
 
-WARP = 32
+from .token import TYPES, WARP
+
 WARPS = 4
 STAGES = 4
 TILE_BYTES = 16384
 PROGRAMS = 3 * 132  # as many as an H200 has at once: three rings fit into a multiprocessor's shared memory
-TYPES = {"float32": cutlass.Float32, "bfloat16": cutlass.BFloat16}
 
 
 def rows_of(K, V, STATE):

@@ -12,6 +12,7 @@ from cutlass import Float32, Int32
 WARP = 32
 SCALE, LOWER_BOUND, L2NORM, L2NORM_EPS, SIGMOID, BETA_RANGE, LINEAR_ABOVE = range(7)  # of the array of options
 OPTIONS = 8
+TYPES = {"float32": cutlass.Float32, "bfloat16": cutlass.BFloat16}
 
 
 def select(condition, x, y):

@@ -1,0 +1,103 @@
+"""decode_mtp: T tokens on one row's state, keeping the state after each.
+
+Bound: memory, the T states written, in large batches; in small ones the latency of a token after the other. A warp holds its
+rows of the state in registers from token to token and writes them from there, 512 bytes at once with K = 128 in float32;
+the next token's operands are requested before this one's work. Many rows a warp share the token's own arithmetic; few
+make more warps: ROWS is a choice, which changes no bit, as sums have one order. Between tokens the state is rounded to the
+pool's dtype, as between calls of decode, whose step this is.
+"""
+
+import cuda.bindings.driver as cuda
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32
+
+from .token import OPTIONS, TYPES, WARP, activated, by_lane, decays, loaded, own_row, select, slot_of, step, write
+
+WARPS = 4
+
+
+def operands(K, V, STATE, GATE, ROWS):
+    """Inputs and outputs, each its axes and dtype; which input is which output."""
+    token = [("N T H K", "bfloat16")] * 2
+    token += [("N T HV V", "bfloat16"), ("N T HV K", "bfloat16"), ("N T HV", "bfloat16")]
+    gate = [("RA HV", "float32"), ("RB HV K", "float32")]
+    inputs = [*token, *gate, ("P HV V K", STATE), ("N", "int32"), (str(OPTIONS), "float32")]
+    return inputs, [("N T HV V", "bfloat16"), ("N T HV V K", STATE)], {}
+
+
+def shared_bytes(K, V, STATE, GATE, ROWS):
+    return 0
+
+
+@cute.jit
+def launch(
+    stream: cuda.CUstream,
+    q: cute.Tensor, k: cute.Tensor, v: cute.Tensor, g: cute.Tensor, beta: cute.Tensor, A_log: cute.Tensor,
+    dt_bias: cute.Tensor, state: cute.Tensor, slots: cute.Tensor, options: cute.Tensor, o: cute.Tensor, states: cute.Tensor,
+    *, K: cutlass.Constexpr, V: cutlass.Constexpr, STATE: cutlass.Constexpr, GATE: cutlass.Constexpr,
+    ROWS: cutlass.Constexpr,
+):  # fmt: skip
+    programs = v.shape[0] * v.shape[2] * (V // (ROWS * WARPS))
+    decode_mtp(q, k, v, g, beta, A_log, dt_bias, state, slots, options, o, states, K, V, STATE, GATE, ROWS).launch(
+        grid=[programs, 1, 1], block=[WARPS * WARP, 1, 1], stream=stream
+    )
+
+
+@cute.kernel
+def decode_mtp(
+    q: cute.Tensor, k: cute.Tensor, v: cute.Tensor, g: cute.Tensor, beta: cute.Tensor, A_log: cute.Tensor,
+    dt_bias: cute.Tensor, state: cute.Tensor, slots: cute.Tensor, options: cute.Tensor, o: cute.Tensor, states: cute.Tensor,
+    K: cutlass.Constexpr, V: cutlass.Constexpr, STATE: cutlass.Constexpr, GATE: cutlass.Constexpr,
+    ROWS: cutlass.Constexpr,
+):  # fmt: skip
+    """The states of a padded row are zero."""
+    thread, _, _ = cute.arch.thread_idx()
+    program, _, _ = cute.arch.block_idx()
+    lane, warp = thread % WARP, thread // WARP
+    n_rows, tokens, value_heads, heads, pool = v.shape[0], v.shape[1], v.shape[2], q.shape[2], state.shape[0]
+    PARTS = V // (ROWS * WARPS)
+    part, hv, n = program % PARTS, program // PARTS % value_heads, program // PARTS // value_heads
+    h = hv // (value_heads // heads)
+    first = (part * WARPS + warp) * ROWS
+    slot, live = slot_of(slots, pool, n)
+
+    q_lanes, k_lanes = by_lane(q, (n_rows, tokens, heads), K), by_lane(k, (n_rows, tokens, heads), K)
+    g_lanes = by_lane(g, (n_rows, tokens, value_heads), K)
+    bias_lanes = by_lane(dt_bias, (dt_bias.shape[0], value_heads), K)
+    state_lanes = by_lane(state, (pool, value_heads, V), K)
+    states_lanes = by_lane(states, (n_rows, tokens, value_heads, V), K)
+
+    each = K // WARP
+    s = cute.make_rmem_tensor(cute.make_layout((ROWS, each), stride=(each, 1)), TYPES[STATE])
+    for j in cutlass.range_constexpr(ROWS):
+        cute.autovec_copy(state_lanes[slot, hv, first + j, lane, None], s[j, None])
+    # Gate parameters that all rows share have one row.
+    rate = A_log[cutlass.min(n, A_log.shape[0] - 1), hv]
+    bias = loaded(bias_lanes[cutlass.min(n, dt_bias.shape[0] - 1), hv, lane, None])
+
+    row = first + own_row(lane, ROWS)
+    of_lane = [cute.make_rmem_tensor(cute.make_layout(each), cutlass.BFloat16) for _ in range(3)]
+    numbers = cute.make_rmem_tensor(cute.make_layout(2), cutlass.BFloat16)
+    firsts = q_lanes[n, 0, h, lane, None], k_lanes[n, 0, h, lane, None], g_lanes[n, 0, hv, lane, None]
+    for x, held in zip(firsts, of_lane, strict=True):
+        cute.autovec_copy(x, held)
+    numbers[0], numbers[1] = beta[n, 0, hv], v[n, 0, hv, row]
+    for t in cutlass.range(tokens):
+        b_q, b_k, b_g = ([held[e].to(Float32) for e in range(each)] for held in of_lane)
+        b_beta, b_v = numbers[0].to(Float32), numbers[1].to(Float32)
+        later = cutlass.min(t + 1, tokens - 1)
+        cute.autovec_copy(q_lanes[n, later, h, lane, None], of_lane[0])
+        cute.autovec_copy(k_lanes[n, later, h, lane, None], of_lane[1])
+        cute.autovec_copy(g_lanes[n, later, hv, lane, None], of_lane[2])
+        numbers[0], numbers[1] = beta[n, later, hv], v[n, later, hv, row]
+
+        decay = decays(b_g, rate, bias, options, GATE)
+        b_q, b_k, b_beta, kq = activated(b_q, b_k, b_beta, options)
+        rows = [[s[j, e].to(Float32) for e in range(each)] for j in range(ROWS)]
+        rows, b_o = step(rows, decay, b_q, b_k, kq, b_beta, b_v, lane)
+        for j in cutlass.range_constexpr(ROWS):
+            write([select(live, x, Float32(0.0)) for x in rows[j]], s[j, None])
+            cute.autovec_copy(s[j, None], states_lanes[n, t, hv, first + j, lane, None])
+        if (lane >= 16) & (lane % (16 // ROWS) == 0):
+            o[n, t, hv, row] = select(live, b_o, Float32(0.0)).to(o.element_type)
