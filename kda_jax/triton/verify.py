@@ -17,7 +17,6 @@ RECURRENT_TILES = {
     "float32": {1: Tile(rows=4, warps=1), 2: Tile(rows=4, warps=1), 3: Tile(rows=8, warps=1)},
     "bfloat16": {1: Tile(rows=16, warps=1)},
 }
-TILES = {"float32": Tile(rows=8, warps=1), "bfloat16": Tile(rows=16, warps=1)}
 TILES = {"float32": Tile(rows=32, warps=2), "bfloat16": Tile(rows=64, warps=4)}
 LEAST_COLUMNS = 8  # of a product on tensor cores
 
