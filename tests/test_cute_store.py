@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import pytest
 
 import kda_jax as kda
-from kda_jax._operands import FlushOperands, FlushSpec, PoolOperands, Spec
-from kda_jax.cute import artifact, compiler, decode, decode_mtp, elf, flush, store
+from kda_jax._operands import FlushOperands, FlushSpec, PoolOperands, Spec, VerifySpec
+from kda_jax.cute import artifact, compiler, decode, decode_mtp, elf, flush, store, verify
 from kda_jax.cute.__main__ import MANIFEST, build, every_kernel
 from kda_jax.cute.artifact import DamagedArtifactError, Kernel
 from kda_jax.cute.call import ARCHITECTURES
@@ -65,28 +65,44 @@ def test_manifest_says_what_was_built(built):
         assert entry["dsl"].startswith("4.")
         assert entry["stack"] == 0, kernel  # nothing is spilled
         assert entry["registers"] > 0
-        if kernel.arch == "sm_90a":  # three programs of four warps, or more, share a multiprocessor
-            assert 3 * 128 * entry["registers"] <= 65536
-        assert 3 * entry["shared"] <= 227 << 10
+        programs = 2 if kernel.name == "verify" else 3  # of four warps, that share a multiprocessor, or more
+        if kernel.arch == "sm_90a":
+            assert programs * 128 * entry["registers"] <= 65536
+        assert programs * entry["shared"] <= 227 << 10
         (cubin,) = elf.cubins(artifact.read(kernel, built).module)
         assert elf.architecture(cubin) == int(kernel.arch.removeprefix("sm_").removesuffix("a"))
+
+
+def instructions(kernel, folder, scratch):
+    """How many there are of each in the GPU's code."""
+    triton = pytest.importorskip("triton")
+    nvdisasm = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    (cubin,) = elf.cubins(artifact.read(kernel, folder).module)
+    (scratch / "cubin").write_bytes(cubin)
+    text = subprocess.run([nvdisasm, "-c", scratch / "cubin"], capture_output=True, text=True, check=True).stdout
+    return collections.Counter(word for word in text.replace(";", " ").split() if word[0].isupper())
 
 
 @pytest.mark.parametrize("family", [decode, flush], ids=lambda family: family.KERNEL)
 def test_states_go_through_bulk_copies(built, tmp_path, family):
     """Loads of all stages, one store; and a lane reads its part of a row of the ring at once."""
-    triton = pytest.importorskip("triton")
-    nvdisasm = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
     for choices in family.every_choice():
-        kernel = Kernel(family.KERNEL, tuple(choices.items()), "sm_90a")
-        width = choices["K"] // 32 * {"float32": 32, "bfloat16": 16}[choices["STATE"]]
-        (cubin,) = elf.cubins(artifact.read(kernel, built).module)
-        (tmp_path / "cubin").write_bytes(cubin)
-        text = subprocess.run([nvdisasm, "-c", tmp_path / "cubin"], capture_output=True, text=True, check=True).stdout
-        counts = collections.Counter(word for word in text.replace(";", " ").split() if word[0].isupper())
+        counts = instructions(Kernel(family.KERNEL, tuple(choices.items()), "sm_90a"), built, tmp_path)
         assert (counts["UBLKCP.S.G"], counts["UBLKCP.G.S"]) == (4, 1)
-        width = "" if width == 32 else f".{width}"
+        bits = choices["K"] // 32 * {"float32": 32, "bfloat16": 16}[choices["STATE"]]
+        width = "" if bits == 32 else f".{bits}"
         assert counts[f"LDS{width}"] == counts[f"STS{width}"] > 0
+
+
+@pytest.mark.parametrize("arch", CAPABILITIES)
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
+def test_verify_multiplies_on_tensor_cores(built, tmp_path, state_dtype, arch):
+    """Of every 16 of K, on two tiles of rows: the products of halves."""
+    choices = decode.choices(128, 128, state_dtype, "lower_bound") | {"UPDATE": False}
+    counts = instructions(Kernel("verify", tuple(choices.items()), arch), built, tmp_path)
+    assert counts["HMMA.16816.F32.BF16"] % (128 // 16 * 2 * {"float32": 3, "bfloat16": 2}[state_dtype]) == 0
+    assert counts["HMMA.16816.F32.BF16"] > 0
+    assert counts["LDG.E.128"] >= 16  # the state, 16 bytes a lane
 
 
 def test_a_second_build_compiles_what_is_missing(built, monkeypatch):
@@ -119,6 +135,11 @@ def decode_mtp_call(n, slots):
     return decode_mtp.decode_mtp, args._replace(**tokens), spec
 
 
+def verify_call(n, slots):
+    _, args, spec = decode_mtp_call(n, slots)
+    return verify.verify, args, VerifySpec(**dataclasses.asdict(spec), with_update=True)
+
+
 def flush_call(n, slots):
     update = [array((n, n + 1, heads, 128), jnp.float32) for heads in (4, 2, 4)]
     counts = array((n,), jnp.int32)
@@ -136,6 +157,7 @@ def lowered(capability, function, args, spec):
 CALLS = {
     "decode": (decode_call, decode.choices(128, 128, "float32", "softplus")),
     "decode_mtp": (decode_mtp_call, decode.choices(128, 128, "float32", "softplus") | {"ROWS": decode_mtp.SMALL}),
+    "verify": (verify_call, decode.choices(128, 128, "float32", "softplus") | {"UPDATE": True}),
     "flush": (flush_call, {"K": 128, "V": 128, "STATE": "float32"}),
 }
 
@@ -143,6 +165,7 @@ CALLS = {
 IN_PLACE = {
     "decode": [str(PoolOperands._fields.index("state"))],
     "decode_mtp": [],
+    "verify": [],
     "flush": [str(FlushOperands._fields.index("state"))],
 }
 
@@ -235,7 +258,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(empty, monkeypatch):
 def test_what_changes_the_object_changes_its_name(monkeypatch):
     others = {KERNEL.filename}
     others |= {dataclasses.replace(KERNEL, arch="sm_100a").filename, dataclasses.replace(KERNEL, host="aarch64").filename}
-    others |= {dataclasses.replace(KERNEL, choices=tuple(decode.choices(64, 128, "float32", None).items())).filename}
+    others |= {dataclasses.replace(KERNEL, choices=tuple(decode.choices(64, 64, "float32", None).items())).filename}
     monkeypatch.setattr(artifact, "source_digest", lambda: "of another source")
     assert len(others | {KERNEL.filename}) == 5
 

@@ -65,7 +65,7 @@ def test_a_step_is_the_oracle_s(gate, k_dim, flags, rows):
     options[token.LINEAR_ABOVE] = _gates.SOFTPLUS_LINEAR_ABOVE
 
     A_log, bias = (0.0, np.zeros(k_dim)) if gate is None else (drawn.gate.A_log[0], drawn.gate.dt_bias[0])
-    decay = token.decays(lanes_of(g), np.float32(A_log), lanes_of(bias), options, gate or "none")
+    decay = [np.exp(x) for x in token.log_decays(lanes_of(g), np.float32(A_log), lanes_of(bias), options, gate or "none")]
     b_q, b_k, b_beta, kq = token.activated(lanes_of(q), lanes_of(k), np.full(32, beta, np.float32), options)
     b_v = v.astype(np.float32)[token.own_row(LANES, rows)]
     new, o = token.step([lanes_of(row) for row in state[0, 0]], decay, b_q, b_k, kq, b_beta, b_v, LANES)

@@ -16,10 +16,8 @@ KERNEL = "decode"
 
 def every_choice() -> Iterator[dict[str, Any]]:
     """All kernels that may be asked for."""
-    for K, V, state, gate in itertools.product(
-        (64, 128), (64, 128), ("float32", "bfloat16"), (None, "softplus", "lower_bound")
-    ):
-        yield choices(K, V, state, gate)
+    for dim, state, gate in itertools.product((64, 128), ("float32", "bfloat16"), (None, "softplus", "lower_bound")):
+        yield choices(dim, dim, state, gate)
 
 
 def choices(k_dim: int, v_dim: int, state_dtype: str, gate: str | None) -> dict[str, Any]:

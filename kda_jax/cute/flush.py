@@ -18,8 +18,8 @@ STATE = FlushOperands._fields.index("state")
 
 def every_choice() -> Iterator[dict[str, Any]]:
     """All kernels that may be asked for."""
-    for K, V, state in itertools.product((64, 128), (64, 128), ("float32", "bfloat16")):
-        yield {"K": K, "V": V, "STATE": state}
+    for dim, state in itertools.product((64, 128), ("float32", "bfloat16")):
+        yield {"K": dim, "V": dim, "STATE": state}
 
 
 def flush(args: FlushOperands, spec: FlushSpec) -> tuple[jax.Array, ...]:

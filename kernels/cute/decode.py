@@ -16,7 +16,7 @@ import cutlass.cute as cute
 from cutlass import Float32
 
 from . import stream
-from .token import OPTIONS, activated, by_lane, decays, loaded, own_row, select, slot_of, step, write
+from .token import OPTIONS, activated, by_lane, exp, loaded, log_decays, own_row, select, slot_of, step, write
 
 
 def operands(K, V, STATE, GATE):
@@ -62,7 +62,7 @@ def decode(
         h = hv // (value_heads // heads)
         # Gate parameters that all rows share have one row.
         n_A, n_bias = cutlass.min(n, A_log.shape[0] - 1), cutlass.min(n, dt_bias.shape[0] - 1)
-        decay = decays(
+        log_decay = log_decays(
             loaded(g_lanes[n, hv, lane, None]), A_log[n_A, hv], loaded(bias_lanes[n_bias, hv, lane, None]), options, GATE
         )
         b_q, b_k, b_beta, kq = activated(
@@ -73,7 +73,7 @@ def decode(
 
         stream.arrived(ring, i)
         rows = [loaded(stream.row_of(ring, i, j)) for j in range(OWN)]
-        rows, b_o = step(rows, decay, b_q, b_k, kq, b_beta, b_v, lane)
+        rows, b_o = step(rows, [exp(x) for x in log_decay], b_q, b_k, kq, b_beta, b_v, lane)
         for j in cutlass.range_constexpr(OWN):
             write(rows[j], stream.row_of(ring, i, j))
         _, live = slot_of(slots, state.shape[0], n)

@@ -12,7 +12,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32
 
-from .token import OPTIONS, TYPES, WARP, activated, by_lane, decays, loaded, own_row, select, slot_of, step, write
+from .token import OPTIONS, TYPES, WARP, activated, by_lane, exp, loaded, log_decays, own_row, select, slot_of, step, write
 
 WARPS = 4
 
@@ -92,7 +92,7 @@ def decode_mtp(
         cute.autovec_copy(g_lanes[n, later, hv, lane, None], of_lane[2])
         numbers[0], numbers[1] = beta[n, later, hv], v[n, later, hv, row]
 
-        decay = decays(b_g, rate, bias, options, GATE)
+        decay = [exp(x) for x in log_decays(b_g, rate, bias, options, GATE)]
         b_q, b_k, b_beta, kq = activated(b_q, b_k, b_beta, options)
         rows = [[s[j, e].to(Float32) for e in range(each)] for j in range(ROWS)]
         rows, b_o = step(rows, decay, b_q, b_k, kq, b_beta, b_v, lane)

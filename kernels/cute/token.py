@@ -91,16 +91,16 @@ def log1p(x):
     return select(exact, x, cute.math.log(u) * (x / select(exact, Float32(1.0), u - 1.0)))
 
 
-def decays(g, A_log, dt_bias, options, GATE):
-    """exp of the log decays that the gate makes of its inputs."""
+def log_decays(g, A_log, dt_bias, options, GATE):
+    """What the gate makes of its inputs."""
     if GATE == "none":
-        return [exp(x) for x in g]
+        return g
     rate = exp(A_log)
     x = [x + bias for x, bias in zip(g, dt_bias, strict=True)]
     if GATE == "softplus":
         above = options[LINEAR_ABOVE]
-        return [exp(-rate * select(y > above, y, log1p(exp(cute.arch.fmin(y, above))))) for y in x]
-    return [exp(options[LOWER_BOUND] * sigmoid(rate * y)) for y in x]
+        return [-rate * select(y > above, y, log1p(exp(cute.arch.fmin(y, above)))) for y in x]
+    return [options[LOWER_BOUND] * sigmoid(rate * y) for y in x]
 
 
 def activated(q, k, beta, options):
