@@ -105,6 +105,14 @@ def test_verify_multiplies_on_tensor_cores(built, tmp_path, state_dtype, arch):
     assert counts["LDG.E.128"] >= 16  # the state, 16 bytes a lane
 
 
+def test_states_are_written_16_bytes_at_once(built, tmp_path):
+    """By decode_mtp, from registers: a row of float32 with K = 128 to a store."""
+    for rows in (decode_mtp.SMALL, decode_mtp.LARGE[128]):
+        choices = decode.choices(128, 128, "float32", "softplus") | {"ROWS": rows}
+        counts = instructions(Kernel("decode_mtp", tuple(choices.items()), "sm_90a"), built, tmp_path)
+        assert counts["STG.E.128"] == rows <= counts["LDG.E.128"]
+
+
 def test_a_second_build_compiles_what_is_missing(built, monkeypatch):
     kernels = every_kernel(list(ARCHITECTURES.values()))
     taken = kernels[3]

@@ -12,7 +12,22 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32
 
-from .token import OPTIONS, TYPES, WARP, activated, by_lane, exp, loaded, log_decays, own_row, select, slot_of, step, write
+from .token import (
+    OPTIONS,
+    TYPES,
+    WARP,
+    activated,
+    by_lane,
+    exp,
+    loaded,
+    log_decays,
+    own_row,
+    select,
+    slot_of,
+    step,
+    wide,
+    write,
+)
 
 WARPS = 4
 
@@ -65,10 +80,20 @@ def decode_mtp(
     q_lanes, k_lanes = by_lane(q, (n_rows, tokens, heads), K), by_lane(k, (n_rows, tokens, heads), K)
     g_lanes = by_lane(g, (n_rows, tokens, value_heads), K)
     bias_lanes = by_lane(dt_bias, (dt_bias.shape[0], value_heads), K)
-    state_lanes = by_lane(state, (pool, value_heads, V), K)
-    states_lanes = by_lane(states, (n_rows, tokens, value_heads, V), K)
-
     each = K // WARP
+    of_head = V, WARP, each
+    state_lanes = cute.make_tensor(
+        state.iterator,
+        cute.make_layout((pool, value_heads, *of_head), stride=(wide(value_heads, V * K), V * K, K, each, 1)),
+    )
+    of_token = wide(value_heads, V * K)
+    states_lanes = cute.make_tensor(
+        states.iterator,
+        cute.make_layout(
+            (n_rows, tokens, value_heads, *of_head),
+            stride=(wide(tokens * value_heads, V * K), of_token, V * K, K, each, 1),
+        ),
+    )
     s = cute.make_rmem_tensor(cute.make_layout((ROWS, each), stride=(each, 1)), TYPES[STATE])
     for j in cutlass.range_constexpr(ROWS):
         cute.autovec_copy(state_lanes[slot, hv, first + j, lane, None], s[j, None])

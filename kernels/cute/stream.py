@@ -14,7 +14,7 @@ import cutlass.cute as cute
 from cutlass import Int32
 from cutlass.cute.nvgpu import cpasync
 
-from .token import TYPES, WARP
+from .token import TYPES, WARP, wide
 
 WARPS = 4
 STAGES = 4
@@ -66,7 +66,7 @@ class Ring:
             self.places.iterator, cute.make_layout((STAGES, rows, WARP, each), stride=(rows * K, K, each, 1))
         )
         shape = (state.shape[0], self.value_heads, self.parts, rows * K)
-        strides = (self.value_heads * V * K, V * K, rows * K, 1)
+        strides = (wide(self.value_heads, V * K), V * K, rows * K, 1)
         self.pool = cute.make_tensor(state.iterator, cute.make_layout(shape, stride=strides))
         bits = rows * K * dtype.width
         self.bytes = bits // 8

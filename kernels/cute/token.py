@@ -7,7 +7,7 @@ and not 5 n. A value's sum has the same order whatever n is, so kernels of other
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32
+from cutlass import Float32, Int32, Int64
 
 WARP = 32
 SCALE, LOWER_BOUND, L2NORM, L2NORM_EPS, SIGMOID, BETA_RANGE, LINEAR_ABOVE = range(7)  # of the array of options
@@ -52,8 +52,13 @@ def total(x):
     return x
 
 
+def wide(n, size):
+    """n * size as a stride of arrays of 2^31 numbers and more, in pieces of ``size`` that stay aligned."""
+    return cute.assume(Int64(n) * size, divby=size)
+
+
 def by_lane(x, lead, channels):
-    """``x`` [..., K] as [..., 32, K / 32], rows of whatever lies before K."""
+    """``x`` [..., K] as [..., 32, K / 32], rows of whatever lies before K; its numbers are fewer than 2^31."""
     each = channels // WARP
     strides, size = [], channels
     for n in reversed(lead):

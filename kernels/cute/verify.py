@@ -15,7 +15,22 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32
 
-from .token import OPTIONS, TYPES, WARP, activated, by_lane, dot, exp, loaded, log_decays, select, slot_of, total, write
+from .token import (
+    OPTIONS,
+    TYPES,
+    WARP,
+    activated,
+    by_lane,
+    dot,
+    exp,
+    loaded,
+    log_decays,
+    select,
+    slot_of,
+    total,
+    wide,
+    write,
+)
 
 TOKENS = 16  # at most
 ROWS = 32  # of the state to a warp, two tiles of the product
@@ -94,7 +109,9 @@ def verify(
     LOADS = K // (4 * SIDE)
     fragments = cute.make_tensor(
         state.iterator,
-        cute.make_layout((pool, value_heads, V, LOADS, 4, SIDE), stride=(value_heads * V * K, V * K, K, 4 * SIDE, SIDE, 1)),
+        cute.make_layout(
+            (pool, value_heads, V, LOADS, 4, SIDE), stride=(wide(value_heads, V * K), V * K, K, 4 * SIDE, SIDE, 1)
+        ),
     )
     held = cute.make_rmem_tensor(
         cute.make_layout((2, 2, LOADS, SIDE), stride=(2 * LOADS * SIDE, LOADS * SIDE, SIDE, 1)), TYPES[STATE]
