@@ -170,6 +170,13 @@ CALLS = {
 }
 
 
+def as_mlir_prints(byte):
+    """Of a string attribute."""
+    if chr(byte) == "\\":
+        return "\\\\"
+    return chr(byte) if 32 <= byte < 127 and chr(byte) != '"' else f"\\{byte:02X}"
+
+
 IN_PLACE = {
     "decode": [str(PoolOperands._fields.index("state"))],
     "decode_mtp": [],
@@ -185,7 +192,7 @@ def test_programs_find_their_kernel_in_the_store(built, empty, no_compiler, monk
     monkeypatch.setenv("KDA_CUTE_STORE", str(built))
     call, choices = CALLS[name]
     key = artifact.read(Kernel(name, tuple(choices.items()), arch), built).key
-    escaped = "".join(chr(x) if 32 <= x < 127 and chr(x) not in '"\\' else f"\\{x:02X}" for x in key)
+    escaped = "".join(map(as_mlir_prints, key))
     for sizes in ((3, 5), (7, 9)):
         text = lowered(CAPABILITIES[arch], *call(*sizes))
         assert text.count("@CuteDSLRT_NvJaxCutlassCall_v2") == 1
