@@ -57,8 +57,7 @@ class Artifact:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        digest = hashlib.sha256(self.module).hexdigest()
-        return self.kernel.identity | self.figures | {"bytes": len(self.module), "sha256": digest}
+        return self.kernel.identity | self.figures | {"bytes": len(self.module), "sha256": self.key.hex()}
 
     @functools.cached_property
     def key(self) -> bytes:
@@ -110,6 +109,7 @@ def read(kernel: Kernel, folder: pathlib.Path) -> Artifact | None:
         raise DamagedArtifactError(f"{path}: holds {identity}, not {kernel}")
     if len(module) != size:
         raise DamagedArtifactError(f"{path}: holds {len(module)} bytes of an object of {size}")
-    if hashlib.sha256(module).hexdigest() != digest:
+    found = Artifact(kernel, module, said)
+    if found.key.hex() != digest:
         raise DamagedArtifactError(f"{path}: its object is not the one that was written")
-    return Artifact(kernel, module, said)
+    return found
