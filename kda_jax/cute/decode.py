@@ -2,29 +2,43 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 
-from kda_jax._operands import PoolOperands, Spec
-from kda_jax.cute.call import call, token_operands
+from kda_jax._operands import PagedOperands, PoolOperands, Spec
+from kda_jax.cute import decode_mtp
+from kda_jax.cute.call import call, token_choices, token_operands, token_output
 
 KERNEL = "decode"
+STREAMED = 1024  # (row, value head) pairs from which on they go through a ring; below, each would see but a tile or two
 
 
 def every_choice() -> Iterator[dict[str, Any]]:
-    """All kernels that may be asked for."""
-    for dim, state, gate in itertools.product((64, 128), ("float32", "bfloat16"), (None, "softplus", "lower_bound")):
-        yield choices(dim, dim, state, gate)
-
-
-def choices(k_dim: int, v_dim: int, state_dtype: str, gate: str | None) -> dict[str, Any]:
-    return {"K": k_dim, "V": v_dim, "STATE": state_dtype, "GATE": gate or "none"}
+    """All kernels that may be asked for; with fewer rows, decode_mtp's."""
+    return token_choices()
 
 
 def decode(args: PoolOperands, spec: Spec) -> tuple[jax.Array, ...]:
-    like = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (args.v, args.state)]
-    of = choices(args.k.shape[-1], args.v.shape[-1], args.state.dtype.name, spec.gate)
-    return call(KERNEL, of, token_operands(args, spec), like, in_place={PoolOperands._fields.index("state"): 1})
+    rows, value_heads, _ = args.v.shape
+    if rows * value_heads < STREAMED:
+        return _as_one_draft(args, spec)
+    choices, operands = token_operands(args, spec)
+    state = jax.ShapeDtypeStruct(args.state.shape, args.state.dtype)
+    in_place = {PoolOperands._fields.index("state"): 1}
+    o, pool = call(KERNEL, choices, operands, (token_output(args, choices), state), in_place)
+    return o.astype(args.v.dtype), pool
+
+
+def _as_one_draft(args: PoolOperands, spec: Spec) -> tuple[jax.Array, ...]:
+    """A draft of one token whose one page is the slot it starts from: the same bits."""
+    rows = args.v.shape[0]
+    slots = np.arange(rows, dtype=np.int32) if args.state_indices is None else args.state_indices
+    token = {name: getattr(args, name)[:, None] for name in ("q", "k", "v", "g", "beta")}
+    draft = PagedOperands(
+        **args._asdict() | token | {"state_indices": slots[:, None], "num_accepted": np.ones(rows, np.int32)}
+    )
+    o, pool = decode_mtp.decode_mtp_paged(draft, spec)
+    return o[:, 0], pool

@@ -5,43 +5,49 @@ rows of the state in registers from token to token and writes them from there, 5
 the next token's operands are requested before this one's work. Many rows a warp share the token's own arithmetic; few
 make more warps: ROWS is a choice, which changes no bit, as sums have one order. Between tokens the state is rounded to the
 pool's dtype, as between calls of decode, whose step this is.
+
+Two forms: the states as an output of their own, or, PAGED, each in a slot of the pool. In the second form T = 1 is decode,
+without a ring: what batches take of which a ring would see one tile.
 """
 
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32
+from cutlass import Float32, Int32
 
 from .token import (
-    OPTIONS,
     TYPES,
     WARP,
     activated,
     by_lane,
     exp,
+    held,
     loaded,
     log_decays,
     own_row,
     select,
     slot_of,
+    state_by_lane,
     step,
+    token_inputs,
     wide,
+    within,
     write,
 )
 
 WARPS = 4
 
 
-def operands(K, V, STATE, GATE, ROWS):
+def operands(K, V, STATE, GATE, TOKEN, ROWS, PAGED):
     """Inputs and outputs, each its axes and dtype; which input is which output."""
-    token = [("N T H K", "bfloat16")] * 2
-    token += [("N T HV V", "bfloat16"), ("N T HV K", "bfloat16"), ("N T HV", "bfloat16")]
-    gate = [("RA HV", "float32"), ("RB HV K", "float32")]
-    inputs = [*token, *gate, ("P HV V K", STATE), ("N", "int32"), (str(OPTIONS), "float32")]
-    return inputs, [("N T HV V", "bfloat16"), ("N T HV V K", STATE)], {}
+    inputs, o = token_inputs("N T", STATE, TOKEN)
+    if not PAGED:
+        return inputs, [o, ("N T HV V K", STATE)], {}
+    inputs[8] = ("N T", "int32")
+    return [*inputs, ("N", "int32")], [o, inputs[7]], {7: 1}
 
 
-def shared_bytes(K, V, STATE, GATE, ROWS):
+def shared_bytes(K, V, STATE, GATE, TOKEN, ROWS, PAGED):
     return 0
 
 
@@ -49,24 +55,27 @@ def shared_bytes(K, V, STATE, GATE, ROWS):
 def launch(
     stream: cuda.CUstream,
     q: cute.Tensor, k: cute.Tensor, v: cute.Tensor, g: cute.Tensor, beta: cute.Tensor, A_log: cute.Tensor,
-    dt_bias: cute.Tensor, state: cute.Tensor, slots: cute.Tensor, options: cute.Tensor, o: cute.Tensor, states: cute.Tensor,
-    *, K: cutlass.Constexpr, V: cutlass.Constexpr, STATE: cutlass.Constexpr, GATE: cutlass.Constexpr,
-    ROWS: cutlass.Constexpr,
+    dt_bias: cute.Tensor, state: cute.Tensor, slots: cute.Tensor, options: cute.Tensor, *others: cute.Tensor,
+    K: cutlass.Constexpr, V: cutlass.Constexpr, STATE: cutlass.Constexpr, GATE: cutlass.Constexpr,
+    TOKEN: cutlass.Constexpr, ROWS: cutlass.Constexpr, PAGED: cutlass.Constexpr,
 ):  # fmt: skip
+    # Without pages no count is read.
+    accepted, o, states = (*others, state) if PAGED else (slots, *others)
     programs = v.shape[0] * v.shape[2] * (V // (ROWS * WARPS))
-    decode_mtp(q, k, v, g, beta, A_log, dt_bias, state, slots, options, o, states, K, V, STATE, GATE, ROWS).launch(
-        grid=[programs, 1, 1], block=[WARPS * WARP, 1, 1], stream=stream
-    )
+    decode_mtp(
+        q, k, v, g, beta, A_log, dt_bias, state, slots, options, accepted, o, states, K, V, STATE, GATE, TOKEN, ROWS, PAGED
+    ).launch(grid=[programs, 1, 1], block=[WARPS * WARP, 1, 1], stream=stream)
 
 
 @cute.kernel
 def decode_mtp(
     q: cute.Tensor, k: cute.Tensor, v: cute.Tensor, g: cute.Tensor, beta: cute.Tensor, A_log: cute.Tensor,
-    dt_bias: cute.Tensor, state: cute.Tensor, slots: cute.Tensor, options: cute.Tensor, o: cute.Tensor, states: cute.Tensor,
+    dt_bias: cute.Tensor, state: cute.Tensor, slots: cute.Tensor, options: cute.Tensor, accepted: cute.Tensor,
+    o: cute.Tensor, states: cute.Tensor,
     K: cutlass.Constexpr, V: cutlass.Constexpr, STATE: cutlass.Constexpr, GATE: cutlass.Constexpr,
-    ROWS: cutlass.Constexpr,
+    TOKEN: cutlass.Constexpr, ROWS: cutlass.Constexpr, PAGED: cutlass.Constexpr,
 ):  # fmt: skip
-    """The states of a padded row are zero."""
+    """The outputs and states of a padded row are zero; PAGED, it writes no slot."""
     thread, _, _ = cute.arch.thread_idx()
     program, _, _ = cute.arch.block_idx()
     lane, warp = thread % WARP, thread // WARP
@@ -75,25 +84,25 @@ def decode_mtp(
     part, hv, n = program % PARTS, program // PARTS % value_heads, program // PARTS // value_heads
     h = hv // (value_heads // heads)
     first = (part * WARPS + warp) * ROWS
-    slot, live = slot_of(slots, pool, n)
+    if cutlass.const_expr(PAGED):
+        # A count outside [1, T] makes padding, too.
+        known = (accepted[n] > 0) & (accepted[n] <= tokens)
+        start = slots[n, select(known, accepted[n] - 1, Int32(0))]
+        slot, live = within(pool, select(known, start, Int32(-1)))
+    else:
+        slot, live = slot_of(slots, pool, n)
 
     q_lanes, k_lanes = by_lane(q, (n_rows, tokens, heads), K), by_lane(k, (n_rows, tokens, heads), K)
     g_lanes = by_lane(g, (n_rows, tokens, value_heads), K)
     bias_lanes = by_lane(dt_bias, (dt_bias.shape[0], value_heads), K)
     each = K // WARP
-    of_head = V, WARP, each
-    state_lanes = cute.make_tensor(
-        state.iterator,
-        cute.make_layout((pool, value_heads, *of_head), stride=(wide(value_heads, V * K), V * K, K, each, 1)),
-    )
-    of_token = wide(value_heads, V * K)
-    states_lanes = cute.make_tensor(
-        states.iterator,
-        cute.make_layout(
-            (n_rows, tokens, value_heads, *of_head),
-            stride=(wide(tokens * value_heads, V * K), of_token, V * K, K, each, 1),
-        ),
-    )
+    state_lanes = state_by_lane(state, K, V)
+    if cutlass.const_expr(PAGED):
+        states_lanes = state_lanes
+    else:
+        strides = wide(tokens * value_heads, V * K), wide(value_heads, V * K), V * K, K, each, 1
+        shape = n_rows, tokens, value_heads, V, WARP, each
+        states_lanes = cute.make_tensor(states.iterator, cute.make_layout(shape, stride=strides))
     s = cute.make_rmem_tensor(cute.make_layout((ROWS, each), stride=(each, 1)), TYPES[STATE])
     for j in cutlass.range_constexpr(ROWS):
         cute.autovec_copy(state_lanes[slot, hv, first + j, lane, None], s[j, None])
@@ -102,14 +111,14 @@ def decode_mtp(
     bias = loaded(bias_lanes[cutlass.min(n, dt_bias.shape[0] - 1), hv, lane, None])
 
     row = first + own_row(lane, ROWS)
-    of_lane = [cute.make_rmem_tensor(cute.make_layout(each), cutlass.BFloat16) for _ in range(3)]
-    numbers = cute.make_rmem_tensor(cute.make_layout(2), cutlass.BFloat16)
+    of_lane = [cute.make_rmem_tensor(cute.make_layout(each), TYPES[TOKEN]) for _ in range(3)]
+    numbers = cute.make_rmem_tensor(cute.make_layout(2), TYPES[TOKEN])
     firsts = q_lanes[n, 0, h, lane, None], k_lanes[n, 0, h, lane, None], g_lanes[n, 0, hv, lane, None]
-    for x, held in zip(firsts, of_lane, strict=True):
-        cute.autovec_copy(x, held)
+    for x, to in zip(firsts, of_lane, strict=True):
+        cute.autovec_copy(x, to)
     numbers[0], numbers[1] = beta[n, 0, hv], v[n, 0, hv, row]
     for t in cutlass.range(tokens):
-        b_q, b_k, b_g = ([held[e].to(Float32) for e in range(each)] for held in of_lane)
+        b_q, b_k, b_g = (held(x) for x in of_lane)
         b_beta, b_v = numbers[0].to(Float32), numbers[1].to(Float32)
         later = cutlass.min(t + 1, tokens - 1)
         cute.autovec_copy(q_lanes[n, later, h, lane, None], of_lane[0])
@@ -123,6 +132,13 @@ def decode_mtp(
         rows, b_o = step(rows, decay, b_q, b_k, kq, b_beta, b_v, lane)
         for j in cutlass.range_constexpr(ROWS):
             write([select(live, x, Float32(0.0)) for x in rows[j]], s[j, None])
-            cute.autovec_copy(s[j, None], states_lanes[n, t, hv, first + j, lane, None])
+        if cutlass.const_expr(PAGED):
+            to, there = within(pool, slots[n, t])
+            if live & there:
+                for j in cutlass.range_constexpr(ROWS):
+                    cute.autovec_copy(s[j, None], states_lanes[to, hv, first + j, lane, None])
+        else:
+            for j in cutlass.range_constexpr(ROWS):
+                cute.autovec_copy(s[j, None], states_lanes[n, t, hv, first + j, lane, None])
         if (lane >= 16) & (lane % (16 // ROWS) == 0):
             o[n, t, hv, row] = select(live, b_o, Float32(0.0)).to(o.element_type)

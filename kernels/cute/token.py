@@ -15,6 +15,13 @@ OPTIONS = 8
 TYPES = {"float32": cutlass.Float32, "bfloat16": cutlass.BFloat16}
 
 
+def token_inputs(rows, STATE, TOKEN):
+    """The axes and dtypes of what kernels of tokens take, and of o; ``rows`` are the axes before the heads."""
+    token = [(f"{rows} H K", TOKEN)] * 2 + [(f"{rows} HV V", TOKEN), (f"{rows} HV K", TOKEN), (f"{rows} HV", TOKEN)]
+    gate = [("RA HV", "float32"), ("RB HV K", "float32")]
+    return [*token, *gate, ("P HV V K", STATE), ("N", "int32"), (str(OPTIONS), "float32")], token[2]
+
+
 def select(condition, x, y):
     return type(y)(cutlass.select_(condition, x, y))
 
@@ -69,16 +76,28 @@ def by_lane(x, lead, channels):
 
 def loaded(x):
     """A lane's numbers, in float32."""
-    held = cute.make_rmem_tensor(x.layout, x.element_type)
-    cute.autovec_copy(x, held)
-    return [held[i].to(Float32) for i in range(cute.size(held))]
+    own = cute.make_rmem_tensor(x.layout, x.element_type)
+    cute.autovec_copy(x, own)
+    return held(own)
+
+
+def state_by_lane(state, K, V):
+    """A pool [P, HV, V, K] as [P, HV, V, 32, K / 32], of 2^31 numbers and more."""
+    pool, value_heads, each = state.shape[0], state.shape[1], K // WARP
+    strides = (wide(value_heads, V * K), V * K, K, each, 1)
+    return cute.make_tensor(state.iterator, cute.make_layout((pool, value_heads, V, WARP, each), stride=strides))
+
+
+def held(x):
+    """What a lane holds in registers, in float32."""
+    return [x[i].to(Float32) for i in range(cute.size(x))]
 
 
 def write(values, x):
-    held = cute.make_rmem_tensor(x.layout, x.element_type)
+    own = cute.make_rmem_tensor(x.layout, x.element_type)
     for i, value in enumerate(values):
-        held[i] = value.to(x.element_type)
-    cute.autovec_copy(held, x)
+        own[i] = value.to(x.element_type)
+    cute.autovec_copy(own, x)
 
 
 def exp(x):
@@ -148,6 +167,9 @@ def own_row(lane, count):
 
 def slot_of(slots, pool, n):
     """The slot of row n, or 0, and whether it lies in the pool."""
-    slot = slots[n]
+    return within(pool, slots[n])
+
+
+def within(pool, slot):
     live = (slot >= 0) & (slot < pool)
     return select(live, slot, Int32(0)), live

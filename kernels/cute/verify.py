@@ -1,59 +1,67 @@
 """verify: T draft tokens against one row's state, which is read once and never written.
 
 Bound: memory, V K numbers of state a (row, value head), as long as what T adds is small. So all that tokens ask of the
-state is one product on tensor cores, [V, K] x [K, 2 T]: the reads by k_t exp(G_t) and by q_t exp(G_t). A program has one
-value head of a row. It requests the state first, straight into the registers that the product wants it in: a product may
-sum over K in any order, so a lane takes 16 bytes side by side for channels that the instruction has apart. While the state
-is under way the warps share the tokens: activations, decays as ordered products, so that no exponent is positive, and the
-T^2 dots of keys and queries with earlier keys. Then a thread has a row of the state: T numbers u, each from those before.
+state is one product on tensor cores, S [k_t exp(G_t) | q_t exp(G_t)], [V, K] x [K, 2 T]. A program has one value head of a
+row, a warp 16 rows of its state. It requests them first, into shared memory, a lane what it will want in its registers: a
+product may sum over K in any order, so a lane takes 16 bytes side by side for channels that the instruction has apart,
+and need not wait for what other lanes requested.
 
-Halves: x as the sum of two bfloat16 numbers, to 2^-17 of it. A float32 state is taken in halves, too.
+While the state is under way the warps share what has to do with tokens alone: activations, decays as ordered products, so
+that no exponent is positive, the T^2 dots of keys and queries with earlier keys, and from these the two [T, T] matrices
+that turn v - S k into u and into what u adds to the outputs. So when the state is there, three products follow each other in
+a warp's registers, whatever T is; the sums of one are the factors of the next.
+
+Precision: factors of the first product are taken as sums of two bfloat16 numbers, to 2^-17; of the others as sums of two
+TF32 numbers.
 """
 
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Float32
+from cutlass import BFloat16, Float32, TFloat32
 
+from .product import add, atom, halves, registers, zeros
 from .token import (
-    OPTIONS,
     TYPES,
     WARP,
     activated,
     by_lane,
     dot,
     exp,
+    holder,
     loaded,
     log_decays,
     select,
     slot_of,
-    total,
+    sums,
+    token_inputs,
     wide,
     write,
 )
 
-TOKENS = 16  # at most
-ROWS = 32  # of the state to a warp, two tiles of the product
-PITCH = 2 * TOKENS + 2  # floats from a row's sums to the next row's, so that no two rows meet in a bank
+TOKENS = 8, 16  # at most; a kernel for few has fewer registers and less shared memory
+EIGHT = 8  # tokens of a product
+ROWS = 16  # of the state to a warp
+TOGETHER = 2  # tokens whose dots are summed at once
+AT_ONCE = {("bfloat16", 8): 3, ("bfloat16", 16): 2, ("float32", 8): 2, ("float32", 16): 2}  # programs on a multiprocessor
+PITCH = 24  # floats from a row of a [T, T] matrix to the next, so that lanes of a request meet in no bank
 
 
-def operands(K, V, STATE, GATE, UPDATE):
+def operands(K, V, STATE, GATE, TOKEN, UPDATE):
     """Inputs and outputs, each its axes and dtype; which input is which output."""
-    token = [("N T H K", "bfloat16")] * 2
-    token += [("N T HV V", "bfloat16"), ("N T HV K", "bfloat16"), ("N T HV", "bfloat16")]
-    gate = [("RA HV", "float32"), ("RB HV K", "float32")]
-    inputs = [*token, *gate, ("P HV V K", STATE), ("N", "int32"), (str(OPTIONS), "float32")]
+    inputs, o = token_inputs("N T", STATE, TOKEN)
     update = [("N T HV V", "float32"), ("N T H K", "float32"), ("N T HV K", "float32")] if UPDATE else []
-    return inputs, [("N T HV V", "bfloat16"), *update], {}
+    return inputs, [o, *update], {}
 
 
-def shared_bytes(K, V, STATE, GATE, UPDATE):
-    of_tokens = max(3 * TOKENS * K, V * PITCH) * 4
-    reads = 2 * 2 * TOKENS * pitch_of(K, STATE) * 2
-    return of_tokens + reads + 2 * TOKENS * TOKENS * 4 + TOKENS * 4 + TOKENS * V * 2
+def shared_bytes(K, V, STATE, GATE, TOKEN, UPDATE):
+    most = max(TOKENS)
+    matrices = 2 * most * (most + PITCH) * 4
+    state = V * K * TYPES[STATE].width // 8
+    return state + 3 * most * K * 4 + 2 * 2 * most * read_pitch(K, STATE) * 2 + matrices + most * 4
 
 
-def pitch_of(K, STATE):
+def read_pitch(K, STATE):
     """From one read to the next: lanes of a request then meet in no bank."""
     return K + (16 if STATE == "float32" else 32)
 
@@ -64,25 +72,26 @@ def launch(
     q: cute.Tensor, k: cute.Tensor, v: cute.Tensor, g: cute.Tensor, beta: cute.Tensor, A_log: cute.Tensor,
     dt_bias: cute.Tensor, state: cute.Tensor, slots: cute.Tensor, options: cute.Tensor, o: cute.Tensor,
     *update: cute.Tensor, K: cutlass.Constexpr, V: cutlass.Constexpr, STATE: cutlass.Constexpr, GATE: cutlass.Constexpr,
-    UPDATE: cutlass.Constexpr,
+    TOKEN: cutlass.Constexpr, UPDATE: cutlass.Constexpr,
 ):  # fmt: skip
     # Three arrays that are not written stand for those that are not wanted.
     u, k_out, g_out = update if UPDATE else (v, k, g)
-    verify(q, k, v, g, beta, A_log, dt_bias, state, slots, options, o, u, k_out, g_out, K, V, STATE, GATE, UPDATE).launch(
-        grid=[v.shape[0] * v.shape[2], 1, 1], block=[V // ROWS * WARP, 1, 1], stream=stream
+    arrays = q, k, v, g, beta, A_log, dt_bias, state, slots, options, o, u, k_out, g_out
+    if v.shape[1] <= TOKENS[0]:
+        enqueue(stream, arrays, K, V, STATE, GATE, UPDATE, TOKENS[0])
+    else:
+        enqueue(stream, arrays, K, V, STATE, GATE, UPDATE, TOKENS[1])
+
+
+def enqueue(stream, arrays, K, V, STATE, GATE, UPDATE, MOST):
+    v = arrays[2]
+    verify(*arrays, K, V, STATE, GATE, UPDATE, MOST).launch(
+        grid=[v.shape[0] * v.shape[2], 1, 1],
+        block=[V // ROWS * WARP, 1, 1],
+        min_blocks_per_mp=AT_ONCE[STATE, MOST] * (128 // V),
+        preferred_smem_carveout=100,  # percent; left out, the DSL would ask a device
+        stream=stream,
     )
-
-
-def halves(values):
-    high = [x.to(BFloat16) for x in values]
-    return high, [(x - y.to(Float32)).to(BFloat16) for x, y in zip(values, high, strict=True)]
-
-
-def fragment(values):
-    held = cute.make_rmem_tensor(cute.make_layout(len(values)), BFloat16)
-    for i, x in enumerate(values):
-        held[i] = x
-    return held
 
 
 @cute.kernel
@@ -91,11 +100,13 @@ def verify(
     dt_bias: cute.Tensor, state: cute.Tensor, slots: cute.Tensor, options: cute.Tensor, o: cute.Tensor,
     u: cute.Tensor, k_out: cute.Tensor, g_out: cute.Tensor,
     K: cutlass.Constexpr, V: cutlass.Constexpr, STATE: cutlass.Constexpr, GATE: cutlass.Constexpr,
-    UPDATE: cutlass.Constexpr,
+    UPDATE: cutlass.Constexpr, TOKENS: cutlass.Constexpr,
 ):  # fmt: skip
+    """For up to TOKENS tokens."""
     thread, _, _ = cute.arch.thread_idx()
     program, _, _ = cute.arch.block_idx()
     lane, warp = thread % WARP, thread // WARP
+    line, column = lane // 4, lane % 4  # of a product's fragments
     WARPS = V // ROWS
     n_rows, tokens, value_heads, heads, pool = v.shape[0], v.shape[1], v.shape[2], q.shape[2], state.shape[0]
     hv, n = program % value_heads, program // value_heads
@@ -103,52 +114,64 @@ def verify(
     h = hv // group
     slot, live = slot_of(slots, pool, n)
 
-    # The state: of four neighbouring lanes each has SIDE numbers side by side, which are STEPS of the product's K.
+    # The state: of four neighbouring lanes each has SIDE numbers side by side, which are STEPS of the product's K. The
+    # product's rows i and i + 8 are rows of the state side by side, so that outputs leave in pairs.
     SIDE = 4 if STATE == "float32" else 8
     STEPS = SIDE // 4
     LOADS = K // (4 * SIDE)
-    fragments = cute.make_tensor(
-        state.iterator,
-        cute.make_layout(
-            (pool, value_heads, V, LOADS, 4, SIDE), stride=(wide(value_heads, V * K), V * K, K, 4 * SIDE, SIDE, 1)
-        ),
-    )
-    held = cute.make_rmem_tensor(
-        cute.make_layout((2, 2, LOADS, SIDE), stride=(2 * LOADS * SIDE, LOADS * SIDE, SIDE, 1)), TYPES[STATE]
-    )
-    for m in cutlass.range_constexpr(2):
-        for half in cutlass.range_constexpr(2):
-            row = warp * ROWS + m * 16 + half * 8 + lane // 4
-            for x in cutlass.range_constexpr(LOADS):
-                cute.autovec_copy(fragments[slot, hv, row, x, lane % 4, None], held[m, half, x, None])
-
+    EIGHTS = TOKENS // EIGHT
+    first = warp * ROWS + 2 * line
+    shape = pool, value_heads, V, LOADS, 4, SIDE
+    strides = wide(value_heads, V * K), V * K, K, 4 * SIDE, SIDE, 1
+    fragments = cute.make_tensor(state.iterator, cute.make_layout(shape, stride=strides))
     memory = cutlass.utils.SmemAllocator()
-    of_tokens = memory.allocate_tensor(Float32, cute.make_layout(max(3 * TOKENS * K, V * PITCH)), 128)
-    by_token = by_lane(of_tokens, (3, TOKENS), K)  # keys, queries, decays
-    answers = cute.make_tensor(of_tokens.iterator, cute.make_layout((V, TOKENS, 2), stride=(PITCH, 2, 1)))  # afterwards
-    PITCH_READS = pitch_of(K, STATE)
-    reads = memory.allocate_tensor(BFloat16, cute.make_layout(2 * 2 * TOKENS * PITCH_READS), 128)
+    THREADS = WARPS * WARP
+    shape, strides = (2, LOADS, THREADS, SIDE), (LOADS * THREADS * SIDE, THREADS * SIDE, SIDE, 1)
+    rows = memory.allocate_tensor(TYPES[STATE], cute.make_layout(shape, stride=strides), 128)
+    load = cute.make_copy_atom(
+        cute.nvgpu.cpasync.CopyG2SOp(cute.nvgpu.LoadCacheMode.GLOBAL), TYPES[STATE], num_bits_per_copy=128
+    )
+    for half in cutlass.range_constexpr(2):
+        for x in cutlass.range_constexpr(LOADS):
+            cute.copy(load, fragments[slot, hv, first + half, x, column, None], rows[half, x, thread, None])
+    cute.arch.cp_async_commit_group()
+
+    by_token = by_lane(  # keys, queries, decays
+        memory.allocate_tensor(Float32, cute.make_layout(3 * TOKENS * K), 128), (3, TOKENS), K
+    )
+    READ = read_pitch(K, STATE)
+    reads = memory.allocate_tensor(BFloat16, cute.make_layout(2 * 2 * TOKENS * READ), 128)
+    strides = 2 * TOKENS * READ, TOKENS * READ, READ  # halves, keys and queries, tokens
     reads_lanes = cute.make_tensor(
-        reads.iterator,
-        cute.make_layout((2, 2 * TOKENS, WARP, K // WARP), stride=(2 * TOKENS * PITCH_READS, PITCH_READS, K // WARP, 1)),
+        reads.iterator, cute.make_layout((2, 2, TOKENS, WARP, K // WARP), stride=(*strides, K // WARP, 1))
     )
     reads_fragments = cute.make_tensor(
-        reads.iterator,
-        cute.make_layout((2, 2 * TOKENS, LOADS, 4, SIDE), stride=(2 * TOKENS * PITCH_READS, PITCH_READS, 4 * SIDE, SIDE, 1)),
+        reads.iterator, cute.make_layout((2, 2, TOKENS, LOADS, 4, SIDE), stride=(*strides, 4 * SIDE, SIDE, 1))
     )
-    links = memory.allocate_tensor(Float32, cute.make_layout((2, TOKENS, TOKENS), stride=(TOKENS * TOKENS, TOKENS, 1)), 16)
+    square = cute.make_layout((2, TOKENS, TOKENS), stride=(TOKENS * TOKENS, TOKENS, 1))
+    links = memory.allocate_tensor(Float32, square, 16)  # of keys and of queries with earlier keys
+    square = cute.make_layout((2, TOKENS, TOKENS // 2, 2), stride=(TOKENS * PITCH, PITCH, 2, 1))
+    solved = memory.allocate_tensor(Float32, square, 16)  # what u is of v - S k, and what the outputs are of it
     betas = memory.allocate_tensor(Float32, cute.make_layout(TOKENS), 16)
-    values = memory.allocate_tensor(BFloat16, cute.make_layout((TOKENS, V), stride=(V, 1)), 16)
+
+    # What a lane has of v, u and o: two rows, and two of every eight tokens.
+    pairs = (n_rows, tokens, value_heads, V // 2, 2), (tokens * value_heads * V, value_heads * V, V, 2, 1)
+    v_pairs, o_pairs, u_pairs = (
+        cute.make_tensor(x.iterator, cute.make_layout(pairs[0], stride=pairs[1])) for x in (v, o, u)
+    )
+    values = cute.make_rmem_tensor(cute.make_layout((EIGHTS, 2, 2), stride=(4, 2, 1)), v.element_type)
+    for eight in cutlass.range_constexpr(EIGHTS):
+        for e in cutlass.range_constexpr(2):
+            t = cutlass.min(eight * EIGHT + 2 * column + e, tokens - 1)
+            cute.autovec_copy(v_pairs[n, t, hv, first // 2, None], values[eight, e, None])
 
     q_lanes, k_lanes = by_lane(q, (n_rows, tokens, heads), K), by_lane(k, (n_rows, tokens, heads), K)
     g_lanes = by_lane(g, (n_rows, tokens, value_heads), K)
     rate = A_log[cutlass.min(n, A_log.shape[0] - 1), hv]
-    bias = loaded(by_lane(dt_bias, (dt_bias.shape[0], value_heads), K)[cutlass.min(n, dt_bias.shape[0] - 1), hv, lane, None])
-    for t in cutlass.range(tokens, unroll=4):
-        values[t, thread] = v[n, t, hv, thread]
-    for mine in cutlass.range((tokens - warp + WARPS - 1) // WARPS, unroll=2):
+    bias_lanes = by_lane(dt_bias, (dt_bias.shape[0], value_heads), K)[cutlass.min(n, dt_bias.shape[0] - 1), hv, lane, None]
+    for mine in cutlass.range((tokens - warp + WARPS - 1) // WARPS):
         t = warp + mine * WARPS
-        log_decay = log_decays(loaded(g_lanes[n, t, hv, lane, None]), rate, bias, options, GATE)
+        log_decay = log_decays(loaded(g_lanes[n, t, hv, lane, None]), rate, loaded(bias_lanes), options, GATE)
         b_q, b_k, b_beta, kq = activated(
             loaded(q_lanes[n, t, h, lane, None]), loaded(k_lanes[n, t, h, lane, None]), beta[n, t, hv].to(Float32), options
         )
@@ -169,68 +192,105 @@ def verify(
                 )
     cute.arch.sync_threads()
 
-    # The reads, with the decays from the state to each token; and each token's links to those behind it.
-    start = cute.make_rmem_tensor(cute.make_layout(K // WARP), Float32)
-    start.fill(1.0)
-    for t in cutlass.range(tokens):
-        decay = loaded(by_token[2, t, lane, None])
-        for e in cutlass.range_constexpr(K // WARP):
-            start[e] = start[e] * decay[e]
-        if t % WARPS == warp:
-            for kind in cutlass.range_constexpr(2):
-                high, low = halves([x * start[e] for e, x in enumerate(loaded(by_token[kind, t, lane, None]))])
-                write(high, reads_lanes[0, 2 * t + kind, lane, None])
-                write(low, reads_lanes[1, 2 * t + kind, lane, None])
-    key = cute.make_rmem_tensor(cute.make_layout(K // WARP), Float32)
+    # The links of a token to those behind it; and what it reads, with the decays from the state to it.
+    decayed = cute.make_rmem_tensor(cute.make_layout(K // WARP), Float32)
     for mine in cutlass.range((tokens - warp + WARPS - 1) // WARPS):
         i = warp + mine * WARPS
-        write(loaded(by_token[0, i, lane, None]), key)
-        for t in cutlass.range(i + 1, tokens, unroll=2):
-            decayed = [key[e] * x for e, x in enumerate(loaded(by_token[2, t, lane, None]))]
-            write(decayed, key)
-            links[0, t, i] = total(dot(loaded(by_token[0, t, lane, None]), decayed))
-            links[1, t, i] = total(dot(loaded(by_token[1, t, lane, None]), decayed))
+        write(loaded(by_token[0, i, lane, None]), decayed)
+        for some in cutlass.range((tokens - 1 - i + TOGETHER - 1) // TOGETHER):
+            later = i + 1 + some * TOGETHER
+            dots = []
+            for s in cutlass.range_constexpr(TOGETHER):
+                t = cutlass.min(later + s, tokens - 1)
+                key = [decayed[e] * x for e, x in enumerate(loaded(by_token[2, t, lane, None]))]
+                write(key, decayed)
+                dots += [dot(loaded(by_token[kind, t, lane, None]), key) for kind in range(2)]
+            found = sums(dots, lane)
+            which = lane // holder(1, 2 * TOGETHER)
+            if (lane % holder(1, 2 * TOGETHER) == 0) & (later + which // 2 < tokens):
+                links[which % 2, later + which // 2, i] = found
+        decayed.fill(1.0)
+        for t in cutlass.range(i + 1, unroll=4):
+            write([decayed[e] * x for e, x in enumerate(loaded(by_token[2, t, lane, None]))], decayed)
+        for kind in cutlass.range_constexpr(2):
+            read = [x * decayed[e] for e, x in enumerate(loaded(by_token[kind, i, lane, None]))]
+            for part, some in enumerate(halves(read, BFloat16)):
+                cute.autovec_copy(some, reads_lanes[part, kind, i, lane, None])
     cute.arch.sync_threads()
 
-    atom = cute.make_mma_atom(cute.nvgpu.warp.MmaF16BF16Op(BFloat16, Float32, (16, 8, 16)))
-    for columns in cutlass.range((tokens + 3) // 4):
-        sums = [cute.make_rmem_tensor(cute.make_layout(4), Float32) for _ in range(2)]
-        for m in cutlass.range_constexpr(2):
-            sums[m].fill(0.0)
-        for x in cutlass.range_constexpr(LOADS):
-            both = [cute.make_rmem_tensor(cute.make_layout(SIDE), BFloat16) for _ in range(2)]
-            for part in cutlass.range_constexpr(2):
-                cute.autovec_copy(reads_fragments[part, columns * 8 + lane // 4, x, lane % 4, None], both[part])
-            for s in cutlass.range_constexpr(STEPS):
-                high, low = (fragment([y[s * 4 + e] for e in range(4)]) for y in both)
-                for m in cutlass.range_constexpr(2):
-                    # Two numbers of a row, two of the row eight below; then their neighbours.
-                    order = [(half, s * 4 + pair * 2 + e) for pair in range(2) for half in range(2) for e in range(2)]
-                    mine = [held[m, half, x, e] for half, e in order]
-                    if cutlass.const_expr(STATE == "float32"):
-                        mine_high, mine_low = halves(mine)
-                        products = [(mine_high, high), (mine_high, low), (mine_low, high)]
-                    else:
-                        products = [(mine, high), (mine, low)]
-                    for left, right in products:
-                        cute.mma_atom_call(atom, sums[m], fragment(left), right, sums[m])
-        for m in cutlass.range_constexpr(2):
-            for half in cutlass.range_constexpr(2):
-                row = warp * ROWS + m * 16 + half * 8 + lane // 4
-                for kind in cutlass.range_constexpr(2):
-                    answers[row, columns * 4 + lane % 4, kind] = sums[m][half * 2 + kind]
+    if (warp == WARPS - 1) & (lane < TOKENS):
+        solve(links, betas, solved, tokens, lane, TOKENS)
+
+    # S k and S q, of eight tokens each.
+    product = atom(BFloat16)
+    found = [[zeros(4) for _ in range(2)] for _ in range(EIGHTS)]
+    cute.arch.cp_async_wait_group(0)  # a thread waits for no other's
+    for x in cutlass.range_constexpr(LOADS):
+        lefts, mine = [], cute.make_rmem_tensor(cute.make_layout((2, SIDE), stride=(SIDE, 1)), TYPES[STATE])
+        for half in cutlass.range_constexpr(2):
+            cute.autovec_copy(rows[half, x, thread, None], mine[half, None])
+        for s in cutlass.range_constexpr(STEPS):
+            # Two numbers of a row, two of the next; then their neighbours.
+            some = [mine[i, s * 4 + pair * 2 + e] for pair in range(2) for i in range(2) for e in range(2)]
+            lefts.append(halves(some, BFloat16) if STATE == "float32" else [registers(some, BFloat16)])
+        for eight in cutlass.range_constexpr(EIGHTS):
+            multiply(product, found[eight], reads_fragments, eight * EIGHT, x, line, column, lefts)
     cute.arch.sync_threads()
 
-    for t in cutlass.range(tokens):
-        b_u = values[t, thread].to(Float32) - answers[thread, t, 0]
-        b_o = answers[thread, t, 1]
-        for i in cutlass.range(t, unroll=4):
-            earlier = answers[thread, i, 0]  # its u by now
-            b_u = b_u - links[0, t, i] * earlier
-            b_o = b_o + links[1, t, i] * earlier
-        b_u = b_u * betas[t]
-        b_o = b_o + links[1, t, t] * b_u
-        answers[thread, t, 0] = b_u
-        o[n, t, hv, thread] = select(live, b_o, Float32(0.0)).to(o.element_type)
-        if cutlass.const_expr(UPDATE):
-            u[n, t, hv, thread] = select(live, b_u, Float32(0.0))
+    # From v - S k to u and o. A row's sums of two tokens are where the next product wants its factors.
+    product = atom(TFloat32)
+    lefts = []
+    for eight in cutlass.range_constexpr(EIGHTS):
+        missing = []
+        for e in cutlass.range_constexpr(2):
+            known = eight * EIGHT + 2 * column + e < tokens
+            for i in cutlass.range_constexpr(2):
+                x = values[eight, e, i].to(Float32) - found[eight][0][2 * i + e]
+                missing.append(select(known, x, Float32(0.0)))
+        lefts.append(halves(missing, TFloat32))
+    for eight in cutlass.range_constexpr(EIGHTS):
+        updates = zeros(4)
+        for earlier in cutlass.range_constexpr(eight + 1):
+            for to, matrix in ((updates, 0), (found[eight][1], 1))[0 if UPDATE else 1 :]:
+                rights = loaded(solved[matrix, eight * EIGHT + line, earlier * EIGHT // 2 + column, None])
+                add(product, to, lefts[earlier], halves(rights, TFloat32))
+        for e in cutlass.range_constexpr(2):
+            t = eight * EIGHT + 2 * column + e
+            if t < tokens:
+                write([select(live, found[eight][1][2 * i + e], Float32(0.0)) for i in range(2)],
+                      o_pairs[n, t, hv, first // 2, None])  # fmt: skip
+                if cutlass.const_expr(UPDATE):
+                    write([select(live, updates[2 * i + e], Float32(0.0)) for i in range(2)],
+                          u_pairs[n, t, hv, first // 2, None])  # fmt: skip
+
+
+def multiply(product, found, reads, token, x, line, column, lefts):
+    """Adds to the sums of eight tokens' keys and queries what a load's channels give."""
+    for kind in range(2):
+        parts = []
+        for part in range(2):
+            some = cute.make_rmem_tensor(cute.make_layout(cute.size(reads.shape[5])), BFloat16)
+            cute.autovec_copy(reads[part, kind, token + line, x, column, None], some)
+            parts.append(some)
+        for s, left in enumerate(lefts):
+            rights = [registers([some[s * 4 + e] for e in range(4)], BFloat16) for some in parts]
+            add(product, found[kind], left, rights)
+
+
+@cute.jit
+def solve(links: cute.Tensor, betas: cute.Tensor, solved: cute.Tensor, tokens, column, TOKENS: cutlass.Constexpr):
+    """A lane's column of the two [T, T] matrices, zero outside them: u_t = beta_t (x_t - sum_i<t links_ti u_i), x a unit."""
+    of_u = []
+    for t in cutlass.range_constexpr(TOKENS):
+        own, added = Float32(0.0), Float32(0.0)
+        if t < tokens:
+            own = select(column == t, Float32(1.0), Float32(0.0))
+            for i in cutlass.range_constexpr(t):
+                own = own - links[0, t, i] * of_u[i]
+            own = own * betas[t]
+            added = links[1, t, t] * own
+            for i in cutlass.range_constexpr(t):
+                added = added + links[1, t, i] * of_u[i]
+        of_u.append(own)
+        solved[0, t, column // 2, column % 2] = own
+        solved[1, t, column // 2, column % 2] = added

@@ -1,0 +1,50 @@
+"""Products on tensor cores of numbers in a lane's registers, float32 numbers taken as sums of two with fewer bits.
+
+Of the fragments of a product of 16 rows and 8 columns lane 4 i + j has in the left factor rows i and i + 8, in the right one
+column i, and in the sums rows i and i + 8 of columns 2 j and 2 j + 1.
+"""
+
+import cutlass.cute as cute
+from cutlass import BFloat16, Float32, TFloat32, Uint32
+
+KEPT = {BFloat16: 8, TFloat32: 11}  # bits of a number, the leading one included
+
+
+def atom(dtype):
+    """16 bytes of a row at once: 16 of the numbers that are summed over, or 8."""
+    warp = cute.nvgpu.warp
+    operation = warp.MmaTF32Op((16, 8, 8)) if dtype is TFloat32 else warp.MmaF16BF16Op(dtype, Float32, (16, 8, 16))
+    return cute.make_mma_atom(operation)
+
+
+def registers(values, dtype):
+    own = cute.make_rmem_tensor(cute.make_layout(len(values)), dtype)
+    for i, x in enumerate(values):
+        own[i] = x
+    return own
+
+
+def zeros(count):
+    return registers([Float32(0.0)] * count, Float32)
+
+
+def halves(values, dtype):
+    """As sums of two numbers of fewer bits, of which the first is cut off, not rounded: that costs no conversion."""
+    bits = [x.bitcast(Uint32) for x in values]
+    cut = [x & Uint32(0xFFFFFFFF << 24 - KEPT[dtype] & 0xFFFFFFFF) for x in bits]
+    rest = [x - y.bitcast(Float32) for x, y in zip(values, cut, strict=True)]
+    if dtype is TFloat32:  # a product takes no more bits of a number than it has
+        words, rest = cut, registers([x.bitcast(Uint32) for x in rest], Uint32)
+    else:
+        words = [(x >> Uint32(16)) | y for x, y in zip(bits[::2], cut[1::2], strict=True)]
+        rest = registers([x.to(dtype) for x in rest], dtype)
+    layout = cute.make_layout(len(values))
+    parts = registers(words, Uint32), rest
+    return [cute.make_tensor(cute.recast_ptr(x.iterator, dtype=dtype), layout) for x in parts]
+
+
+def add(product, to, lefts, rights):
+    """Adds the product of sums of one or two numbers, without that of the two lower ones."""
+    for left, right in ((0, 0), (0, 1), (1, 0)):
+        if left < len(lefts):
+            cute.mma_atom_call(product, to, lefts[left], rights[right], to)
