@@ -10,6 +10,8 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from kda_jax._operands import Unavailable
+
 IMPLEMENTATIONS = ("xla", "triton", "pallas", "cute")
 
 # Platforms with a lowering rule of their own; None is every other one.
@@ -138,17 +140,27 @@ def check_call(implementation: str, call: Call) -> None:
     raise _cannot_serve(call, implementation, reason)
 
 
-def find(call: Call, implementation: str | None) -> Callable[[Any, Any], Any]:
-    """The function ``(operands, spec) -> outputs`` that serves the call on its target."""
+def serve(call: Call, implementation: str | None, args: Any, spec: Any) -> Any:
+    """The outputs, traced, of the first implementation that serves the call on its target and is on this machine."""
+    cause: Unavailable | None = None
     for row in _rows(call.operation, implementation):
         reason = row.needs.unmet_by_call(call) or row.needs.unmet_by_target(call)
-        if reason is None and row.needs.package is not None and importlib.util.find_spec(row.needs.package) is None:
-            reason = f"the package {row.needs.package} is missing: pip install 'kda-jax[{row.implementation}]'"
+        if reason is not None:
+            continue
+        try:
+            _check_package(row)
+            return _load(row)(args, spec)
+        except Unavailable as error:
+            reason, cause = str(error), error
             if implementation is None:
-                _warn_of_missing_package(row.implementation, reason)
-        if reason is None:
-            return _load(row)
-    raise _cannot_serve(call, implementation, reason)
+                _warn_of_unavailable(row.implementation, reason)
+    raise _cannot_serve(call, implementation, reason) from cause
+
+
+def _check_package(row: Row) -> None:
+    package = row.needs.package
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise Unavailable(f"the package {package} is missing: pip install 'kda-jax[{row.implementation}]'")
 
 
 def _load(row: Row) -> Callable[[Any, Any], Any]:
@@ -169,5 +181,6 @@ def _cannot_serve(call: Call, implementation: str | None, reason: str | None) ->
 
 
 @functools.cache
-def _warn_of_missing_package(implementation: str, reason: str) -> None:
-    warnings.warn(f"kda_jax runs on this GPU without its {implementation} kernels, slowly: {reason}", stacklevel=2)
+def _warn_of_unavailable(implementation: str, reason: str) -> None:
+    """Once a reason."""
+    warnings.warn(f"kda_jax runs on this GPU without its {implementation} kernels, more slowly: {reason}", stacklevel=2)

@@ -3,6 +3,7 @@
 * A row is padding where its slot index lies outside [0, P): its outputs are zero and it touches no slot.
 * Arithmetic and accumulation are in float32 (float64 where an operand is float64).
 * The gate's constants stand in :mod:`kda_jax._gates`, the L2 norm's epsilon here.
+* An implementation that serves such calls, but not on this machine as it is, raises Unavailable while it is lowered.
 """
 
 from __future__ import annotations
@@ -14,6 +15,13 @@ import jax
 import jax.numpy as jnp
 
 L2NORM_EPS = 1e-6
+
+
+class Unavailable(RuntimeError):
+    """An implementation that serves such calls, but whose package, library or compiled kernel is not on this machine.
+
+    The text says what to do about it.
+    """
 
 
 @dataclasses.dataclass(frozen=True)

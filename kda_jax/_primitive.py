@@ -150,9 +150,9 @@ class Operation:
         """The implementation as a function of the operands that are there."""
 
         def flat(*leaves):
-            function = _dispatch.find(self._call(tree.unflatten(leaves), spec, platform), implementation)
+            args = tree.unflatten(leaves)
             with jax.numpy_rank_promotion("allow"):  # a user's stricter setting is for the user's own code
-                return function(tree.unflatten(leaves), spec)
+                return _dispatch.serve(self._call(args, spec, platform), implementation, args, spec)
 
         return flat
 

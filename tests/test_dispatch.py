@@ -193,7 +193,7 @@ def test_a_missing_package(asked, monkeypatch):
     """None falls back to xla with one warning; a forced name says what to install."""
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "jax_triton" else find(name, *rest))
-    _dispatch._warn_of_missing_package.cache_clear()
+    _dispatch._warn_of_unavailable.cache_clear()
     arrays = DECODE.draw(0, k_dim=64, v_dim=64)
     with pytest.warns(UserWarning, match=r"jax_triton is missing: pip install 'kda-jax\[triton\]'"):
         exported(DECODE, arrays)

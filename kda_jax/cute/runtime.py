@@ -11,6 +11,8 @@ from typing import Any
 
 import jax
 
+from kda_jax._operands import Unavailable
+
 LIBRARY = "libcute_dsl_runtime.so"
 TARGET = "CuteDSLRT_NvJaxCutlassCall_v2"
 _STATE = "CuteDSLRT_NvJaxCutlassCallTypes_v2"
@@ -21,7 +23,7 @@ _STATE_PARTS = {
 }
 
 
-class RuntimeLibraryError(RuntimeError):
+class RuntimeLibraryError(Unavailable):
     """The library is missing, or of a version that speaks another protocol."""
 
 

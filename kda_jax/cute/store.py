@@ -12,13 +12,14 @@ import os
 import pathlib
 import warnings
 
+from kda_jax._operands import Unavailable
 from kda_jax.cute import artifact
 from kda_jax.cute.artifact import Artifact, DamagedArtifactError, Kernel
 
 PACKAGED = pathlib.Path(__file__).with_name("store")
 
 
-class UnavailableError(RuntimeError):
+class UnavailableError(Unavailable):
     """A kernel that is not compiled, on a machine that cannot compile it."""
 
 
