@@ -34,12 +34,14 @@ class Needs:
     """What an implementation needs; None is no restriction."""
 
     package: str | None = None  # what must be importable
-    compute_capability: int = 0
+    compute_capability: int = 0  # the least: PTX runs on all later ones
     head_dims: tuple[int, ...] | None = None  # K and V
     dtypes: tuple[str, ...] | None = None  # of every floating operand but the state
     state_dtypes: tuple[str, ...] | None = None
     max_tokens: int | None = None  # T
     chunk_size: int | None = None
+    equal_head_dims: bool = False  # K == V
+    compute_capabilities: tuple[int, ...] | None = None  # exactly those: sm_90a and the like run on no other
 
     def unmet_by_call(self, call: Call) -> str | None:
         """Why the call cannot be served on any machine, or None."""
@@ -47,6 +49,8 @@ class Needs:
             size = call.sizes[axis]
             if self.head_dims is not None and size not in self.head_dims:
                 return f"head dimension {axis} is {size}; it must be one of {self.head_dims}"
+        if self.equal_head_dims and call.sizes["K"] != call.sizes["V"]:
+            return f"head dimensions K and V are {call.sizes['K']} and {call.sizes['V']}; they must be equal"
         tokens = call.sizes.get("T", 1)
         if self.max_tokens is not None and tokens > self.max_tokens:
             return f"T is {tokens}; it must be at most {self.max_tokens}"
@@ -62,14 +66,18 @@ class Needs:
 
     def unmet_by_target(self, call: Call) -> str | None:
         """Why the target cannot run it, or None."""
-        if self.compute_capability:
-            if call.platform != "cuda":
-                return f"it is compiled for {call.platform or 'a platform without CUDA'}; it must be cuda"
-            if call.compute_capability is None:
-                return "there is no GPU to compile for; name one with kda.cuda_target"
-            if call.compute_capability < self.compute_capability:
-                least = self.compute_capability / 10
-                return f"compute capability is {call.compute_capability / 10}; it must be {least} or more"
+        if not self.compute_capability and self.compute_capabilities is None:
+            return None
+        if call.platform != "cuda":
+            return f"it is compiled for {call.platform or 'a platform without CUDA'}; it must be cuda"
+        found = call.compute_capability
+        if found is None:
+            return "there is no GPU to compile for; name one with kda.cuda_target"
+        if self.compute_capabilities is not None and found not in self.compute_capabilities:
+            those = ", ".join(str(one / 10) for one in self.compute_capabilities)
+            return f"compute capability is {found / 10}; it must be one of {those}"
+        if found < self.compute_capability:
+            return f"compute capability is {found / 10}; it must be {self.compute_capability / 10} or more"
         return None
 
 
@@ -88,11 +96,21 @@ _ANY = Needs()
 _ACTIVATIONS = ("bfloat16", "float16", "float32")
 _TRITON = Needs("jax_triton", 80, (64, 128), _ACTIVATIONS, ("float32", "bfloat16"))
 _PALLAS = Needs(None, 90, (64, 128), _ACTIVATIONS, ("bfloat16",))
+# No package: where kernels run, a store of compiled ones is the rule and the compiler the exception.
+_CUTE = Needs(
+    compute_capabilities=(90, 100),
+    head_dims=(64, 128),
+    equal_head_dims=True,
+    dtypes=_ACTIVATIONS,
+    state_dtypes=("float32", "bfloat16"),
+)
 _TRITON_CHUNK = dataclasses.replace(_TRITON, chunk_size=64)
+_TRITON_VERIFY, _CUTE_VERIFY = (dataclasses.replace(needs, max_tokens=16) for needs in (_TRITON, _CUTE))
 _CHUNK_GPU = "benchmarks/results/chunk-gpu.json"
 _DECODE_GPU = "benchmarks/results/decode-gpu.json"
 _MTP_GPU = "benchmarks/results/mtp-gpu.json"
 _PALLAS_GPU = "benchmarks/results/pallas-gpu.json"
+_CUTE_GPU = "benchmarks/results/cute-gpu.json"
 _CPU = "benchmarks/results/serving-cpu.json"
 
 # The first row that serves a call wins, so the fastest stands first; None passes over those with default=False.
@@ -105,14 +123,19 @@ TABLE = (
     # 4 to 5 % faster than Triton at N * HV of 4096 and 8192, slower at 1024 and less. None must give a row the same bits
     # whatever N is, and those of decode_mtp, so it keeps to Triton.
     Row("kda_decode", "pallas", _PALLAS, "kda_jax.pallas.decode:decode", _PALLAS_GPU, default=False),
+    Row("kda_decode", "cute", _CUTE, "kda_jax.cute.decode:decode", _CUTE_GPU, default=False),
     Row("kda_decode", "xla", _ANY, "kda_jax.xla.decode:decode", _CPU),
     Row("kda_decode_mtp", "triton", _TRITON, "kda_jax.triton.decode:decode_mtp", _MTP_GPU),
+    Row("kda_decode_mtp", "cute", _CUTE, "kda_jax.cute.decode_mtp:decode_mtp", _CUTE_GPU, default=False),
     Row("kda_decode_mtp", "xla", _ANY, "kda_jax.xla.decode:decode_mtp", _CPU),
     Row("kda_decode_mtp_paged", "triton", _TRITON, "kda_jax.triton.decode:decode_mtp_paged", _MTP_GPU),
+    Row("kda_decode_mtp_paged", "cute", _CUTE, "kda_jax.cute.decode_mtp:decode_mtp_paged", _CUTE_GPU, default=False),
     Row("kda_decode_mtp_paged", "xla", _ANY, "kda_jax.xla.decode:decode_mtp_paged", _CPU),
-    Row("kda_verify", "triton", dataclasses.replace(_TRITON, max_tokens=16), "kda_jax.triton.verify:verify", _MTP_GPU),
+    Row("kda_verify", "triton", _TRITON_VERIFY, "kda_jax.triton.verify:verify", _MTP_GPU),
+    Row("kda_verify", "cute", _CUTE_VERIFY, "kda_jax.cute.verify:verify", _CUTE_GPU, default=False),
     Row("kda_verify", "xla", _ANY, "kda_jax.xla.verify:verify", _CPU),
     Row("kda_flush", "triton", _TRITON, "kda_jax.triton.flush:flush", _MTP_GPU),
+    Row("kda_flush", "cute", _CUTE, "kda_jax.cute.flush:flush", _CUTE_GPU, default=False),
     Row("kda_flush", "xla", _ANY, "kda_jax.xla.flush:flush", _CPU),
 )
 

@@ -276,5 +276,14 @@ SERVING = (*WITH_TOKENS, FLUSH)
 CALLS = (CHUNK, CHUNK_PACKED, CHUNK_GRAD, *SERVING)
 
 
+def on_cute(call: Call) -> Call:
+    """The call by name, with V = K whatever V is asked for: the kernels serve no other."""
+
+    def draw(seed: int, **changes: Any) -> dict[str, Any]:
+        return call.draw(seed, **changes | {"v_dim": changes["k_dim"]})
+
+    return dataclasses.replace(call, name=f"{call.name}-cute", run=partial(call.run, implementation="cute"), draw=draw)
+
+
 def over_calls(*calls: Call) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("call", calls or CALLS, ids=str)

@@ -3,6 +3,7 @@
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import itertools
 import json
 import pathlib
@@ -20,6 +21,8 @@ from kda_jax.cute import artifact, compiler, decode, decode_mtp, elf, flush, sto
 from kda_jax.cute.__main__ import MANIFEST, build, every_kernel
 from kda_jax.cute.artifact import DamagedArtifactError, Kernel
 from kda_jax.cute.call import ARCHITECTURES
+
+from .common import DECODE, DECODE_MTP, FLUSH, VERIFY, on_cute, stack
 
 CAPABILITIES = {"sm_90a": "9.0", "sm_100a": "10.0"}
 CHOICES = {"K": 128, "V": 128, "STATE": "float32", "GATE": "softplus", "TOKEN": "bfloat16"}
@@ -171,11 +174,11 @@ def flush_call(n, slots):
     return flush.flush, FlushOperands(*update, pool(slots), None, counts), FlushSpec(None)
 
 
-def lowered(capability, function, args, spec):
+def lowered(capability, function, args):
     """The text of a program for a GPU that is not there."""
     check = jax.export.DisabledSafetyCheck.custom_call("CuteDSLRT_NvJaxCutlassCall_v2")
     with kda.cuda_target(capability):
-        run = jax.jit(lambda args: function(args, spec))
+        run = jax.jit(lambda args: function(args))
         return jax.export.export(run, platforms=["cuda"], disabled_checks=[check])(args).mlir_module()
 
 
@@ -217,15 +220,35 @@ def test_programs_find_their_kernel_in_the_store(built, empty, no_compiler, monk
     key = artifact.read(Kernel(name, tuple(choices.items()), arch), built).key
     escaped = "".join(map(as_mlir_prints, key))
     for sizes in SIZES[name]:
-        text = lowered(CAPABILITIES[arch], *call(*sizes))
+        function, args, spec = call(*sizes)
+        text = lowered(CAPABILITIES[arch], functools.partial(function, spec=spec), args)
         assert text.count("@CuteDSLRT_NvJaxCutlassCall_v2") == 1
         assert re.findall(r"output_operand_alias<.*?operand_index = (\d+)", text) == IN_PLACE[name]
         assert f'key = "{escaped}"' in text
 
 
+@pytest.mark.parametrize(
+    ("call", "dtype"),
+    [(DECODE, "bfloat16"), (DECODE_MTP, "bfloat16"), (VERIFY, "bfloat16"), (FLUSH, "float32")],
+    ids=str,
+)
+@pytest.mark.parametrize("arch", CAPABILITIES)
+def test_a_call_by_name_is_one_custom_call(built, empty, no_compiler, monkeypatch, arch, call, dtype):
+    """Vmapped too."""
+    monkeypatch.setenv("KDA_CUTE_STORE", str(built))
+    call = on_cute(call)
+    instances = [call.draw(seed, k_dim=64, dtype=dtype) for seed in range(2)]
+    for run, given in ((call, instances[0]), (jax.vmap(call), stack(instances))):
+        assert lowered(CAPABILITIES[arch], run, given).count("@CuteDSLRT_NvJaxCutlassCall_v2") == 1
+
+
 def test_without_store_or_compiler_it_says_what_to_install(empty, no_compiler):
-    with pytest.raises(store.UnavailableError, match=r"decode\(K=128.*pip install 'kda-jax\[cute\]'.*--arch sm_90a"):
+    said = r"decode\(K=128.*pip install 'kda-jax\[cute\]'.*--arch sm_90a.*KDA_CUTE_STORE"
+    with pytest.raises(store.UnavailableError, match=said):
         store.fetch(KERNEL)
+    call = on_cute(DECODE)
+    with pytest.raises(NotImplementedError, match=rf"^kda.decode: implementation is 'cute', which .*{said}"):
+        lowered("9.0", call, call.draw(0, k_dim=128, dtype="bfloat16"))
 
 
 def test_what_is_missing_is_compiled_once_and_kept(empty, monkeypatch):

@@ -11,8 +11,11 @@ import pytest
 
 import kda_jax as kda
 from kda_jax import _dispatch
+from kda_jax._operands import Unavailable
+from kda_jax.cute import verify
+from kda_jax.cute.call import ARCHITECTURES
 
-from .common import CHUNK, DECODE, FLAGS, FLUSH, VERIFY
+from .common import CHUNK, DECODE, FLAGS, FLUSH, SERVING, VERIFY, on_cute, over_calls
 
 TRITON = "triton_kernel_call_ffi"
 ANYTHING = [jax.export.DisabledSafetyCheck.custom_call(name) for name in (TRITON, "mosaic_gpu_v2")]
@@ -85,6 +88,18 @@ def test_none_takes_the_best_that_serves(asked, call, changes, capability, expec
     assert asked == [expected]
 
 
+@over_calls(*map(on_cute, SERVING))
+@pytest.mark.parametrize("capability", ["9.0", "10.0"])
+def test_cute_serves_by_name(asked, call, capability):
+    exported(call, call.draw(0, k_dim=64), capability)
+    assert asked == ["cute"]
+
+
+def test_cute_rows_need_what_the_kernels_do():
+    assert _dispatch._CUTE.compute_capabilities == tuple(ARCHITECTURES)
+    assert _dispatch._CUTE_VERIFY.max_tokens == verify.MAX_TOKENS
+
+
 @pytest.mark.parametrize(
     ("changes", "chunk_size", "capability", "expected"),
     [
@@ -147,6 +162,7 @@ def forced(implementation, **changes):
         ({"k_dim": 32}, "triton", r"head dimension K is 32; it must be one of \(64, 128\)"),
         ({"v_dim": 96}, "triton", r"head dimension V is 96; it must be one of \(64, 128\)"),
         ({}, "pallas", r"state has dtype float32; it must be one of \('bfloat16',\)"),
+        ({"v_dim": 128}, "cute", "head dimensions K and V are 64 and 128; they must be equal"),
     ],
 )
 @pytest.mark.parametrize("jit", [False, True])
@@ -169,24 +185,43 @@ def test_forced_for_chunk(changes, chunk_size, reason):
         kda.chunk(**arrays, **FLAGS, chunk_size=chunk_size, implementation="triton")
 
 
-def test_verify_of_too_many_tokens():
+@pytest.mark.parametrize("implementation", ["triton", "cute"])
+def test_verify_of_too_many_tokens(implementation):
     arrays = VERIFY.draw(0, k_dim=64, v_dim=64, tokens=17)
     with pytest.raises(NotImplementedError, match="T is 17; it must be at most 16"):
-        kda.verify(**arrays, implementation="triton")
+        kda.verify(**arrays, implementation=implementation)
+
+
+@pytest.mark.parametrize("implementation", ["triton", "cute"])
+def test_pools_of_another_dtype(implementation):
+    """kda's own checks let none but float64 come so far, and that only where it is enabled."""
+    sizes = dict.fromkeys(("N", "P", "H", "HV"), 1) | {"K": 64, "V": 64}
+    call = _dispatch.Call("kda_decode", sizes, {"q": "bfloat16", "state": "float16"}, None, None)
+    with pytest.raises(NotImplementedError, match=r"state has dtype float16; it must be one of \('float32', 'bfloat16'\)"):
+        _dispatch.check_call(implementation, call)
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="a GPU would serve it")
-def test_forced_on_a_cpu():
+@pytest.mark.parametrize("implementation", ["triton", "cute"])
+def test_forced_on_a_cpu(implementation):
     with pytest.raises(NotImplementedError, match="platform without CUDA; it must be cuda"):
-        forced("triton")()
+        forced(implementation)()
 
 
-def test_forced_for_an_old_gpu():
+@pytest.mark.parametrize(
+    ("implementation", "capability", "served"),
+    [
+        ("triton", "7.5", r"8\.0 or more"),
+        ("cute", "8.0", r"one of 9\.0, 10\.0"),
+        ("cute", "12.0", r"one of 9\.0, 10\.0"),
+    ],
+)
+def test_forced_for_another_gpu(implementation, capability, served):
     with (
-        kda.cuda_target("7.5"),
-        pytest.raises(NotImplementedError, match=r"compute capability is 7\.5; it must be 8\.0 or more"),
+        kda.cuda_target(capability),
+        pytest.raises(NotImplementedError, match=rf"compute capability is {capability}; it must be {served}$"),
     ):
-        jax.export.export(jax.jit(forced("triton")), platforms=["cuda"])()
+        jax.export.export(jax.jit(forced(implementation)), platforms=["cuda"])()
 
 
 def test_a_missing_package(asked, monkeypatch):
@@ -201,6 +236,26 @@ def test_a_missing_package(asked, monkeypatch):
     assert asked == ["xla", "xla"]
     with kda.cuda_target("9.0"), pytest.raises(NotImplementedError, match="jax_triton is missing"):
         jax.export.export(jax.jit(forced("triton")), platforms=["cuda"])()
+
+
+def test_what_is_not_on_this_machine_is_passed_over(monkeypatch):
+    """By None, to the next row with one warning; a forced name passes on what to do about it."""
+
+    def unavailable(operands, spec):
+        raise Unavailable("it is not compiled: build a store")
+
+    monkeypatch.setattr("kda_jax.cute.decode.decode", unavailable)
+    rows = [row._replace(default=True) for row in _dispatch.TABLE if row.implementation in ("cute", "xla")]
+    monkeypatch.setattr(_dispatch, "TABLE", tuple(rows))
+    _dispatch._warn_of_unavailable.cache_clear()
+    arrays = DECODE.draw(0, k_dim=64, v_dim=64)
+    with pytest.warns(UserWarning, match="without its cute kernels.*not compiled: build a store") as warned:
+        text = exported(DECODE, arrays)
+    assert len(warned) == 1
+    assert "stablehlo.custom_call" not in text  # so it is xla
+    exported(DECODE, arrays)  # and no second warning, which would be an error
+    with kda.cuda_target("9.0"), pytest.raises(NotImplementedError, match=r"'cute', which .* build a store$"):
+        jax.export.export(jax.jit(forced("cute")), platforms=["cuda"])()
 
 
 @pytest.mark.parametrize("wrong", ["sm_90", "9", 90, None])

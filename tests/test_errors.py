@@ -123,10 +123,10 @@ OPTIONS = [
         implementation="cuda",
     ),
     *rejects(
-        [*TOKENS, *FLUSH],
+        [*CHUNK, *MTP, *VERIFY, *FLUSH],
         NotImplementedError,
-        "implementation is 'cute' ... does not have ... None or one of ... 'xla'",
-        implementation="cute",
+        "implementation is 'pallas' ... does not have ... None or one of ... 'xla'",
+        implementation="pallas",
     ),
     *rejects(VERIFY, TypeError, "with_update is 0 ... must be True or False", with_update=0),
     *rejects(CHUNK, ValueError, "chunk_size is 48 ... must be 16, 32, 64 or 128", chunk_size=48),
@@ -216,7 +216,7 @@ UPDATES = [
         LAYERS, ValueError, "updates.u ... layer count L=1 ... L must be 2, as in states", states=zeros(2, 2, 4, 16, 8)
     ),
     *rejects(LAYERS, ValueError, "num_accepted is [1, 5] ... must lie in [0, T=4]", num_accepted=[1, 5]),
-    *rejects(LAYERS, NotImplementedError, "implementation is 'cute' ... does not have", implementation="cute"),
+    *rejects(LAYERS, NotImplementedError, "implementation is 'pallas' ... does not have", implementation="pallas"),
 ]
 
 
