@@ -19,6 +19,10 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 import kda_jax as kda
+from kda_jax import _target
+from kda_jax._operands import Unavailable
+from kda_jax.cute import runtime, store
+from kda_jax.cute.call import ARCHITECTURES
 from kda_jax.testing import cases, oracle, tolerance
 from kda_jax.testing.cases import Case
 from kda_jax.testing.tolerances import Tolerance
@@ -141,7 +145,20 @@ def reported_by(script: str) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-KERNELS = "triton_kernel_call_ffi", "mosaic_gpu_v2"
+def cute_is_missing() -> str | None:
+    """Why no CuTe kernel can run here, or None."""
+    if _target.compute_capability() not in ARCHITECTURES:
+        return "needs a GPU of compute capability 9.0 or 10.0"
+    try:
+        runtime.load(runtime.find())
+    except Unavailable as error:
+        return str(error)
+    if not store.can_compile() and not any(folder.is_dir() for folder in store.folders()):
+        return "there is neither a store of CuTe kernels nor their compiler"
+    return None
+
+
+KERNELS = "triton_kernel_call_ffi", "mosaic_gpu_v2", runtime.TARGET
 
 
 def compiled_text(function: Callable[..., Any], *args: Any, **options: Any) -> str:

@@ -4,26 +4,26 @@ packed sequences, some of no token, with a tail behind them."""
 import jax
 import jax.numpy as jnp
 import numpy as np
+from common import cute_is_missing
 
 import kda_jax as kda
 from kda_jax.testing import cases
 
+IMPLEMENTATIONS = ("triton",) if cute_is_missing() else ("triton", "cute")
 SLOTS = np.asarray([6, -1, 2, 1 << 30, 0], np.int32)
 
 
-def run(gate: str | None, state_dtype: str, dim: int) -> None:
+def run(implementation: str, gate: str | None, state_dtype: str, dim: int) -> None:
     case = cases.Case(
         "sanitized", batch=5, tokens=4, heads=1, value_heads=2, k_dim=dim, v_dim=dim, gate=gate, pool_size=7,
         dtype="bfloat16", state_dtype=state_dtype,
     )  # fmt: skip
     drawn = cases.draw(case, layout="draft")
     tokens, state = tuple(map(jnp.asarray, drawn.arrays)), jnp.asarray(drawn.state)
-    options = drawn.options | {"implementation": "triton"}
+    options = drawn.options | {"implementation": implementation}
     slots = {"state_indices": jnp.asarray(SLOTS)}
     first = [x[:, 0] for x in tokens]
     outputs = [kda.decode(*first, state, **options, **slots), kda.decode_mtp(*tokens, state, **options, **slots)]
-    if state_dtype == "bfloat16":
-        outputs.append(kda.decode(*first, state, **options | {"implementation": "pallas"}, **slots))
     paged = np.random.default_rng(0).permutation(7)[:4].reshape(1, 4)
     paged = jnp.asarray(np.concatenate([paged, [[-1, 1 << 30, -5, 7]]]), jnp.int32)
     outputs.append(
@@ -31,8 +31,10 @@ def run(gate: str | None, state_dtype: str, dim: int) -> None:
     )
     for count in (1, 4):
         o, update = kda.verify(*(x[:, :count] for x in tokens), state, **options, **slots)
-        flushed = kda.flush(state, update, jnp.asarray([1, 0, 1, 1, 0]), **slots, implementation="triton")
+        flushed = kda.flush(state, update, jnp.asarray([1, 0, 1, 1, 0]), **slots, implementation=implementation)
         outputs.append((o, flushed))
+    if (implementation, state_dtype) == ("triton", "bfloat16"):
+        outputs.append(kda.decode(*first, state, **options | {"implementation": "pallas"}, **slots))
     assert_finite(outputs)
 
 
@@ -61,7 +63,8 @@ def assert_finite(outputs) -> None:
 
 
 for gate, state_dtype, dim in (("softplus", "float32", 128), ("lower_bound", "bfloat16", 64), (None, "float32", 64)):
-    run(gate, state_dtype, dim)
+    for implementation in IMPLEMENTATIONS:
+        run(implementation, gate, state_dtype, dim)
 for gate, dtype, k_dim, v_dim, offsets in (
     ("softplus", "bfloat16", 128, 64, None),
     ("lower_bound", "bfloat16", 64, 128, (0, 0, 33, 97, 97)),

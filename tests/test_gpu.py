@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import os
 import pathlib
 import shutil
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 import kda_jax as kda
+from kda_jax.cute import decode_mtp
 from kda_jax.testing import cases, oracle, tolerance
 
 from .common import (
@@ -27,8 +29,10 @@ from .common import (
     assert_close,
     assert_equal,
     at_kernel_dims,
+    cute_is_missing,
     kernels,
     on_a_gpu,
+    on_cute,
     rows,
     stack,
 )
@@ -42,11 +46,25 @@ PALLAS = dataclasses.replace(
     run=functools.partial(kda.decode, **FLAGS, implementation="pallas"),
     draw=functools.partial(DECODE.draw, state_dtype="bfloat16"),
 )
+CUTE_IS_MISSING = cute_is_missing()
+needs_cute = pytest.mark.skipif(CUTE_IS_MISSING is not None, reason=str(CUTE_IS_MISSING))
+by_name = pytest.mark.parametrize("implementation", ["triton", pytest.param("cute", marks=needs_cute)])
 HEADS = {"heads": 2, "value_heads": 4, "k_dim": 128, "v_dim": 128}
 
 
 def over(some):
     return pytest.mark.parametrize("case", at_kernel_dims(some), ids=str)
+
+
+def with_cute(calls, *others):
+    """Parameters of a test: each call by default and on CuTe, with every choice of the others."""
+    marked = [(call, ()) for call in calls] + [(on_cute(call), needs_cute) for call in calls]
+    return [pytest.param(call, *other, marks=marks) for call, marks in marked for other in itertools.product(*others)]
+
+
+def served(case, implementation):
+    """The case, with V = K for CuTe's kernels, which serve no other."""
+    return dataclasses.replace(case, v_dim=case.k_dim) if implementation == "cute" else case
 
 
 def inputs(case, layout):
@@ -65,10 +83,11 @@ def on_gpu(call, seed=0, **changes):
 
 
 @over(cases.DECODE_CASES)
-def test_decode(case):
-    tokens, state, options, limits = inputs(case, "decode")
+@by_name
+def test_decode(case, implementation):
+    tokens, state, options, limits = inputs(served(case, implementation), "decode")
     options |= {"state_indices": case.slots}
-    results = kda.decode(*tokens, state, **options, implementation="triton")
+    results = kda.decode(*tokens, state, **options, implementation=implementation)
     check(results, oracle.decode(*tokens, state, **options), limits)
 
 
@@ -84,34 +103,37 @@ def test_decode_on_pallas(case):
 
 
 @over(cases.DRAFT_CASES)
-def test_decode_mtp(case):
-    tokens, state, options, limits = inputs(case, "draft")
+@by_name
+def test_decode_mtp(case, implementation):
+    tokens, state, options, limits = inputs(served(case, implementation), "draft")
     options |= {"state_indices": case.slots}
-    results = kda.decode_mtp(*tokens, state, **options, implementation="triton")
+    results = kda.decode_mtp(*tokens, state, **options, implementation=implementation)
     check(results, oracle.decode_mtp(*tokens, state, **options), limits)
 
 
 @over(cases.DRAFT_CASES)
-def test_decode_mtp_paged(case):
+@by_name
+def test_decode_mtp_paged(case, implementation):
     count = case.batch * case.tokens
-    case = dataclasses.replace(case, pool_size=count + 2)
+    case = dataclasses.replace(served(case, implementation), pool_size=count + 2)
     tokens, state, options, limits = inputs(case, "draft")
     slots = np.random.default_rng(1).permutation(count + 2)[:count].reshape(case.batch, case.tokens)
     slots[0, 1:2] = -3
     options |= {"state_indices": slots, "num_accepted": np.arange(case.batch) % case.tokens + 1}
-    results = kda.decode_mtp(*tokens, state, **options, implementation="triton")
+    results = kda.decode_mtp(*tokens, state, **options, implementation=implementation)
     check(results, oracle.decode_mtp(*tokens, state, **options), limits)
 
 
 @over(cases.DRAFT_CASES)
-def test_verify_and_flush(case):
-    tokens, state, options, limits = inputs(case, "draft")
+@by_name
+def test_verify_and_flush(case, implementation):
+    tokens, state, options, limits = inputs(served(case, implementation), "draft")
     indices = {"state_indices": case.slots}
-    o, update = kda.verify(*tokens, state, **options, **indices, implementation="triton")
-    alone = kda.verify(*tokens, state, **options, **indices, with_update=False, implementation="triton")
+    o, update = kda.verify(*tokens, state, **options, **indices, implementation=implementation)
+    alone = kda.verify(*tokens, state, **options, **indices, with_update=False, implementation=implementation)
     assert_equal(alone, (o, None))
     accepted = (np.arange(case.batch) + case.tokens) % (case.tokens + 1)
-    flushed = kda.flush(state, update, accepted, **indices, implementation="triton")
+    flushed = kda.flush(state, update, accepted, **indices, implementation=implementation)
     reference = (
         oracle.verify(*tokens, state, **options, **indices),
         oracle.verify_flush(*tokens, state, accepted, **options, **indices),
@@ -122,27 +144,37 @@ def test_verify_and_flush(case):
 @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("gate", GATES)
-def test_decode_mtp_is_decode_token_by_token(gate, dtype, state_dtype):
+@by_name
+def test_decode_mtp_is_decode_token_by_token(gate, dtype, state_dtype, implementation):
     """Strict: bit for bit, in both forms."""
     case = cases.Case("strict", batch=3, tokens=7, gate=gate, dtype=dtype, state_dtype=state_dtype, pool_size=21, **HEADS)
     (q, k, v, g, beta), state, options, _ = inputs(case, "draft")
-    o, states = kda.decode_mtp(q, k, v, g, beta, state, **options, state_indices=np.arange(3), implementation="triton")
+    options |= {"implementation": implementation}
+    o, states = kda.decode_mtp(q, k, v, g, beta, state, **options, state_indices=np.arange(3))
     slots = np.arange(21).reshape(7, 3).T  # every row starts from slot n and leaves its last state elsewhere
     where = {"state_indices": slots, "num_accepted": 1}
-    paged = kda.decode_mtp(q, k, v, g, beta, state, **options, **where, implementation="triton")
+    paged = kda.decode_mtp(q, k, v, g, beta, state, **options, **where)
     assert_equal(paged[0], o)
     for t in range(7):
         token = (x[:, t] for x in (q, k, v, g, beta))
-        one, state = kda.decode(*token, state, **options, state_indices=np.arange(3), implementation="triton")
+        one, state = kda.decode(*token, state, **options, state_indices=np.arange(3))
         assert_equal(one, o[:, t])
         assert_equal(state[:3], states[:, t])
         assert_equal(paged[1][slots[:, t]], states[:, t])
 
 
+@needs_cute
+def test_a_row_s_bits_are_those_of_either_tile():
+    """decode_mtp on CuTe takes larger ones of many rows than of few."""
+    call = on_cute(DECODE_MTP)
+    everyone = on_gpu(call, batch=40, pool_size=40)
+    few = {name: x if name in ("state", "gate") else rows(x, slice(3)) for name, x in everyone.items()}
+    assert [decode_mtp.rows_of(4 * n, 128, 128) for n in (3, 40)] == [decode_mtp.SMALL, decode_mtp.LARGE[128]]
+    assert_equal(call(few), rows(call(everyone), slice(3)))
+
+
 @pytest.mark.parametrize(
-    ("call", "state_dtype"),
-    [*((call, state_dtype) for call in SERVING for state_dtype in ("float32", "bfloat16")), (PALLAS, "bfloat16")],
-    ids=str,
+    ("call", "state_dtype"), [*with_cute(SERVING, ("float32", "bfloat16")), (PALLAS, "bfloat16")], ids=str
 )
 def test_a_row_does_not_depend_on_the_others(call, state_dtype):
     """The same bits alone, among others, among padding, and again."""
@@ -165,7 +197,7 @@ def test_a_row_does_not_depend_on_the_others(call, state_dtype):
                     assert_equal(x[at], y[n])
 
 
-@pytest.mark.parametrize("call", [*SERVING, PALLAS], ids=str)
+@pytest.mark.parametrize("call", [*with_cute(SERVING), PALLAS], ids=str)
 def test_a_vmapped_call_is_one_launch(call):
     instances = [on_gpu(call, seed) for seed in range(3)]
     batched = stack(instances)
@@ -173,12 +205,13 @@ def test_a_vmapped_call_is_one_launch(call):
     assert_equal(jax.vmap(call)(batched), stack([call(arrays) for arrays in instances]))
 
 
-@pytest.mark.parametrize("call", [DECODE, DECODE_MTP_PAGED, FLUSH, PALLAS], ids=str)
+@pytest.mark.parametrize("call", [*with_cute([DECODE, DECODE_MTP_PAGED, FLUSH]), PALLAS], ids=str)
 @pytest.mark.parametrize("indices", [True, False], ids=["indices", "no-indices"])
 def test_a_donated_pool_is_updated_in_place(call, indices):
     """The same address afterwards, no room for a second pool, and no copy in the program."""
-    arrays = on_gpu(call, pool_size=3 if call is not DECODE_MTP_PAGED else 6)
-    if call is not DECODE_MTP_PAGED:
+    paged = call.primitive == DECODE_MTP_PAGED.primitive
+    arrays = on_gpu(call, pool_size=6 if paged else 3)
+    if not paged:
         arrays["state_indices"] = jnp.asarray([2, 0, 1], jnp.int32) if indices else None
     state = arrays.pop("state")
 
@@ -194,9 +227,11 @@ def test_a_donated_pool_is_updated_in_place(call, indices):
     assert out.unsafe_buffer_pointer() == address
 
 
-def test_flush_layers_is_one_launch_and_the_loop_over_layers():
-    layers = [on_gpu(FLUSH, seed) for seed in range(4)]
+@by_name
+def test_flush_layers_is_one_launch_and_the_loop_over_layers(implementation):
+    layers = [on_gpu(FLUSH, seed, v_dim=128) for seed in range(4)]
     shared = {name: layers[0][name] for name in ("num_accepted", "state_indices")}
+    shared |= {"implementation": implementation}
     states, updates = (stack([layer[name] for layer in layers]) for name in ("state", "update"))
     loop = [kda.flush(layer["state"], layer["update"], **shared) for layer in layers]
     assert_equal(kda.flush_layers(states, updates, **shared), jnp.stack(loop))
@@ -215,14 +250,15 @@ def test_counts_are_data():
 
 @pytest.mark.parametrize("gate", ["softplus", "lower_bound"])
 @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
-def test_walk_of_32768_tokens(gate, state_dtype):
+@by_name
+def test_walk_of_32768_tokens(gate, state_dtype, implementation):
     """No drift: decode, one token after the other in one program, against the oracle at the end."""
     tokens = 32768
     case = cases.Case("walk", batch=1, tokens=tokens, heads=1, value_heads=1, k_dim=64, v_dim=64, gate=gate)
     (q, k, v, g, beta), _, options, _ = inputs(dataclasses.replace(case, initial_state=False), "chunk")
 
     def step(state, token):
-        o, state = kda.decode(*(x[None] for x in token), state, **options, implementation="triton")
+        o, state = kda.decode(*(x[None] for x in token), state, **options, implementation=implementation)
         return state, o[0]
 
     start = jnp.zeros((1, 1, 64, 64), state_dtype)
