@@ -9,6 +9,7 @@ from typing import Any
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 TOKENS = (2, 3, 4, 6)
+VERIFIED_TOKENS = (1, 2, 4, 6, 8, 16)
 HEADS = ((32, 32), (64, 64), (16, 32))
 POOLS = {"float32": 4, "bfloat16": 2}
 LOWER_BOUND = -5.0
@@ -75,12 +76,15 @@ def accepted(tokens: int) -> dict[str, int]:
 
 
 def cells(suite: str, size: str) -> list[Cell]:
-    """The cells of "decode" or "mtp": "full", "quick" (a smoke run on a GPU) or "tiny" (on a CPU)."""
-    tokens = TOKENS if suite == "mtp" else (1,)
+    """The cells of "decode", "mtp" or "verify": "full", "quick" (a smoke run on a GPU) or "tiny" (on a CPU)."""
+    tokens = {"mtp": TOKENS, "verify": VERIFIED_TOKENS}.get(suite, (1,))
     if size == "tiny":
         return [Cell(16, 1, 2, pool, n, t) for pool in POOLS for n in (1, 2) for t in tokens[:2]]
     if size == "quick":
         return [Cell(128, 32, 32, pool, n, t) for pool in POOLS for n in (1, 8, 128) for t in tokens[:3:2]]
+    if suite == "verify":
+        sizes = [(n, 32) for n in (1, 8, 32, 128)] + [(128, 64)]
+        return [Cell(128, heads, heads, pool, n, t) for pool in POOLS for n, heads in sizes for t in tokens]
     grid = [Cell(128, *heads, pool, n, t) for heads in HEADS for pool in POOLS for n in BATCHES for t in tokens]
     # K = V = 64 is there to be seen, not mapped.
     return grid + [Cell(64, 32, 32, pool, n, t) for pool in POOLS for n in (1, 8, 64, 256) for t in tokens[::2]]

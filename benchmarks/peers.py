@@ -1,4 +1,4 @@
-"""``python -m benchmarks.peers FOLDER``: SGLang's and FLA's Triton kernels and the card's bandwidth, as peers-gpu.json.
+"""``python -m benchmarks.peers FOLDER``: SGLang's, FLA's, FlashInfer's kernels and the card's bandwidth, a JSON file a suite.
 
 PyTorch only, in a process of its own: FLA finds no GPU in one that imported jax_triton. The peers are looked for on
 PYTHONPATH; what is missing is said and left out. Every shape is a CUDA graph of as many calls, on slots of one pool in the
@@ -48,8 +48,8 @@ def main() -> None:
         for suite in args.suites:
             rows = SUITES[suite](args.cells, sglang, fla)
             # FLA would use FlashKDA and TileLang where they are installed.
-            distributions = "torch", "triton", "flash-linear-attention", "fla-core", "flash-kda", "tilelang", "sglang"
-            stamp = record.stamp(distributions)
+            projects = "flash-linear-attention", "fla-core", "flash-kda", "tilelang", "sglang", "flashinfer-python"
+            stamp = record.stamp(("torch", "triton", *projects))
             if version := os.environ.get("KDA_SGLANG_VERSION"):  # its kernel may come as a file, which says no version
                 stamp["versions"].setdefault("sglang", version)
             said = {"device": torch.cuda.get_device_name(), "platform": "gpu"} | stamp
@@ -75,11 +75,22 @@ def _mtp_rows(size: str, sglang: Any, fla: Any) -> list[dict[str, Any]]:
     return rows
 
 
+def _verify_rows(size: str, sglang: Any, fla: Any) -> list[dict[str, Any]]:
+    """FlashInfer's kernel for tensor cores, which knows bfloat16 pools alone."""
+    function = _find("flashinfer.kda_kernels.kda_decode_wy_output_only", "kda_wy_output_only")
+    chosen = [cell for cell in cells("verify", size) if cell.pool == "bfloat16"] if function else []
+    return [
+        row
+        for cell in chosen
+        for row in _row(cell, "flashinfer", "verify", functools.partial(_flashinfer_verify, cell, function))
+    ]
+
+
 def _chunk_rows(size: str, sglang: Any, fla: Any) -> list[dict[str, Any]]:
     return peers_chunk.rows(size) if fla else []
 
 
-SUITES = {"decode": _decode_rows, "mtp": _mtp_rows, "chunk": _chunk_rows}
+SUITES = {"decode": _decode_rows, "mtp": _mtp_rows, "verify": _verify_rows, "chunk": _chunk_rows}
 
 
 def _sglang() -> Callable[..., torch.Tensor] | None:
@@ -170,6 +181,13 @@ def _fla_call(x: _Inputs, function: Callable[..., Any], slots: torch.Tensor) -> 
 def _fla_decode(cell: Cell, function: Callable[..., Any]) -> Replay:
     x = _Inputs(cell)
     return _graph([functools.partial(_fla_call, x, function, slots) for slots in x.slots])
+
+
+def _flashinfer_verify(cell: Cell, function: Callable[..., torch.Tensor]) -> Replay:
+    x, o = _Inputs(cell), torch.empty(cell.n, cell.tokens, cell.value_heads, cell.dim, dtype=torch.bfloat16, device="cuda")
+    options = {"use_gate_in_kernel": True, "lower_bound": LOWER_BOUND, "beta_is_logit": True, "output": o}
+    call = functools.partial(function, x.q, x.k, x.v, x.g, x.beta, x.pool, A_log=x.A_log, dt_bias=x.dt_bias, **options)
+    return _graph([functools.partial(call, initial_state_indices=slots) for slots in x.slots])
 
 
 def _sglang_chain(cell: Cell, function: Callable[..., torch.Tensor], count: int) -> Replay:

@@ -20,7 +20,7 @@ from jax.extend.core import jaxprs_in_params
 
 import kda_jax as kda
 from kda_jax import _target
-from kda_jax._operands import Unavailable
+from kda_jax._operands import PoolOperands, Unavailable
 from kda_jax.cute import runtime, store
 from kda_jax.cute.call import ARCHITECTURES
 from kda_jax.testing import cases, oracle, tolerance
@@ -175,6 +175,42 @@ def at_kernel_dims(some: Sequence[Case]) -> list[Case]:
     """The cases at head dimensions that the kernels serve, 64 and 128 in all four pairs."""
     dims = [(64, 64), (128, 128), (64, 128), (128, 64)]
     return [dataclasses.replace(case, k_dim=dims[i % 4][0], v_dim=dims[i % 4][1]) for i, case in enumerate(some)]
+
+
+def spec_options(case: Case, gate: Any) -> dict[str, Any]:
+    """The options of a case as a spec takes them."""
+    return {
+        "gate": case.gate,
+        "lower_bound": getattr(gate, "lower_bound", None),
+        "qk_l2norm": case.qk_l2norm,
+        "beta_sigmoid": case.beta_sigmoid,
+        "allow_neg_eigval": case.allow_neg_eigval,
+        "scale": case.k_dim**-0.5 if case.scale is None else case.scale,
+        "implementation": None,
+    }
+
+
+def drawn_operands(case: Case, layout: str, slots: np.ndarray | None) -> tuple[PoolOperands, dict[str, Any], Any, Any, Any]:
+    """The operands, the options as a spec takes them; then what the oracle takes, and how far a result may be from its."""
+    inputs = cases.draw(case, layout=layout)
+    gate = inputs.gate
+    parameters = (None, None) if gate is None else (gate.A_log, gate.dt_bias)
+    slots = None if slots is None else slots[: case.batch]
+    operands = PoolOperands(*inputs.arrays, *parameters, inputs.state, slots)
+    options = inputs.options | {"state_indices": slots}
+    return (
+        operands,
+        spec_options(case, gate),
+        (*inputs.arrays, inputs.state),
+        options,
+        tolerance(case.dtype, case.state_dtype),
+    )
+
+
+def check(results: Any, reference: Any, limits: Tolerance) -> None:
+    """Outputs and a state."""
+    for x, y, limit in zip(results, reference, (limits.output, limits.state), strict=True):
+        assert_close(np.asarray(x, np.float64), y, limit)
 
 
 def rows(tree: Any, index: Any) -> Any:

@@ -86,19 +86,6 @@ def installed(monkeypatch: Any, *modules: Any) -> Iterator[None]:
         yield
 
 
-def spec_options(case: Any, gate: Any) -> dict[str, Any]:
-    """The options of a case as a spec takes them."""
-    return {
-        "gate": case.gate,
-        "lower_bound": getattr(gate, "lower_bound", None),
-        "qk_l2norm": case.qk_l2norm,
-        "beta_sigmoid": case.beta_sigmoid,
-        "allow_neg_eigval": case.allow_neg_eigval,
-        "scale": case.k_dim**-0.5 if case.scale is None else case.scale,
-        "implementation": "triton",
-    }
-
-
 def mend(monkeypatch: Any) -> None:
     """The interpreter keeps bfloat16 as uint16, cuts where a GPU rounds, and multiplies matrices of those integers.
 

@@ -23,6 +23,7 @@ from .common import (
     assert_grads_close,
     at_kernel_dims,
     chunk_kernel_tolerance,
+    spec_options,
 )
 
 pytest.importorskip("triton")
@@ -67,7 +68,7 @@ def draw(case, seed=0):
     inputs = cases.draw(case, layout="chunk", seed=seed)
     parameters = (None, None) if inputs.gate is None else (inputs.gate.A_log, inputs.gate.dt_bias)
     offsets = None if case.cu_seqlens is None else np.asarray([case.cu_seqlens], np.int32)
-    options = interpreter.spec_options(case, inputs.gate)
+    options = spec_options(case, inputs.gate)
     kept = "float32" if case.dtype == "float32" else "bfloat16"  # as kda.chunk has it
     spec = ChunkSpec(**options, chunk_size=CHUNK, states_dtype=kept)
     return Call(ChunkOperands(*inputs.arrays, *parameters, inputs.state, offsets), spec, inputs.options)

@@ -22,7 +22,7 @@ from kda_jax.cute.__main__ import MANIFEST, build, every_kernel
 from kda_jax.cute.artifact import DamagedArtifactError, Kernel
 from kda_jax.cute.call import ARCHITECTURES
 
-from .common import DECODE, DECODE_MTP, FLUSH, VERIFY, on_cute, stack
+from .common import DECODE, DECODE_MTP, DECODE_MTP_PAGED, FLUSH, VERIFY, on_cute, stack
 
 CAPABILITIES = {"sm_90a": "9.0", "sm_100a": "10.0"}
 CHOICES = {"K": 128, "V": 128, "STATE": "float32", "GATE": "softplus", "TOKEN": "bfloat16"}
@@ -105,7 +105,7 @@ def test_states_go_through_bulk_copies(built, tmp_path, family):
         if not choices.get("STREAM", True):
             continue
         counts = instructions(Kernel(family.KERNEL, tuple(choices.items()), "sm_90a"), built, tmp_path)
-        assert (counts["UBLKCP.S.G"], counts["UBLKCP.G.S"]) == (2, 1)
+        assert counts["UBLKCP.S.G"] >= 2 > counts["UBLKCP.G.S"] == 1
         bits = choices["K"] // 32 * {"float32": 32, "bfloat16": 16}[choices["STATE"]]
         width = "" if bits == 32 else f".{bits}"
         assert counts[f"LDS{width}"] == counts[f"STS{width}"] > 0
@@ -115,12 +115,15 @@ def test_states_go_through_bulk_copies(built, tmp_path, family):
 @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
 def test_verify_multiplies_on_tensor_cores(built, tmp_path, state_dtype, arch):
     """The products of halves, of every 16 of K, for keys and queries of 8 and of 16 tokens; then those over tokens."""
+    source = pytest.importorskip("kda_jax.kernels.cute.verify")
     choices = CHOICES | {"STATE": state_dtype, "UPDATE": False}
     counts = instructions(Kernel("verify", tuple(choices.items()), arch), built, tmp_path)
-    assert counts["HMMA.16816.F32.BF16"] == 128 // 16 * 2 * {"float32": 3, "bfloat16": 2}[state_dtype] * (1 + 2)
-    assert counts["HMMA.1688.F32.TF32"] == 3 * (1 + 3)
+    of_few, of_many = ((source.TILES[state_dtype, most]) for most in source.TOKENS)  # products of a warp side by side
+    halves = {"float32": 3, "bfloat16": 2}[state_dtype]
+    assert counts["HMMA.16816.F32.BF16"] == 128 // 16 * 2 * halves * (of_few + 2 * of_many)
+    assert counts["HMMA.1688.F32.TF32"] == 3 * (of_few + 3 * of_many)
     of_state = sum(count for name, count in counts.items() if name.startswith("LDGSTS"))  # 16 bytes each
-    assert of_state == 2 * 16 * 128 * {"float32": 4, "bfloat16": 2}[state_dtype] // 32 // 16
+    assert of_state == 16 * 128 * {"float32": 4, "bfloat16": 2}[state_dtype] // 32 // 16 * (of_few + of_many)
     # No conversion of a single number: those are slow.
     assert not any(name.startswith("F2F.") for name in counts)
 
@@ -227,15 +230,12 @@ def test_programs_find_their_kernel_in_the_store(built, empty, no_compiler, monk
         assert f'key = "{escaped}"' in text
 
 
-@pytest.mark.parametrize(
-    ("call", "dtype"),
-    [(DECODE, "bfloat16"), (DECODE_MTP, "bfloat16"), (VERIFY, "bfloat16"), (FLUSH, "float32")],
-    ids=str,
-)
+@pytest.mark.parametrize("call", [DECODE, DECODE_MTP, DECODE_MTP_PAGED, VERIFY, FLUSH], ids=str)
 @pytest.mark.parametrize("arch", CAPABILITIES)
-def test_a_call_by_name_is_one_custom_call(built, empty, no_compiler, monkeypatch, arch, call, dtype):
+def test_a_call_by_name_is_one_custom_call(built, empty, no_compiler, monkeypatch, arch, call):
     """Vmapped too."""
     monkeypatch.setenv("KDA_CUTE_STORE", str(built))
+    dtype = "float32" if call is FLUSH else "bfloat16"
     call = on_cute(call)
     instances = [call.draw(seed, k_dim=64, dtype=dtype) for seed in range(2)]
     for run, given in ((call, instances[0]), (jax.vmap(call), stack(instances))):
@@ -243,7 +243,7 @@ def test_a_call_by_name_is_one_custom_call(built, empty, no_compiler, monkeypatc
 
 
 def test_without_store_or_compiler_it_says_what_to_install(empty, no_compiler):
-    said = r"decode\(K=128.*pip install 'kda-jax\[cute\]'.*--arch sm_90a.*KDA_CUTE_STORE"
+    said = r"\(K=128.*pip install 'kda-jax\[cute\]'.*--arch sm_90a.*KDA_CUTE_STORE"
     with pytest.raises(store.UnavailableError, match=said):
         store.fetch(KERNEL)
     call = on_cute(DECODE)

@@ -6,11 +6,11 @@ import os
 import numpy as np
 import pytest
 
-from kda_jax._operands import FlushOperands, FlushSpec, PagedOperands, PoolOperands, Spec, VerifySpec
-from kda_jax.testing import cases, oracle, tolerance
+from kda_jax._operands import FlushOperands, FlushSpec, PagedOperands, Spec, VerifySpec
+from kda_jax.testing import oracle
 from kda_jax.testing.cases import Case
 
-from .common import assert_close, assert_equal
+from .common import assert_close, assert_equal, check, drawn_operands
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -51,32 +51,15 @@ def variants(**changes):
     return pytest.mark.parametrize("case", made, ids=str)
 
 
-def drawn(case, layout, slots=SLOTS):
-    """The operands, the options as a spec takes them, and what the oracle takes."""
-    inputs = cases.draw(case, layout=layout)
-    gate = inputs.gate
-    parameters = (None, None) if gate is None else (gate.A_log, gate.dt_bias)
-    slots = None if slots is None else slots[: case.batch]
-    operands = PoolOperands(*inputs.arrays, *parameters, inputs.state, slots)
-    spec = interpreter.spec_options(case, gate)
-    options = inputs.options | {"state_indices": slots}
-    return operands, spec, (*inputs.arrays, inputs.state), options, tolerance(case.dtype, case.state_dtype)
-
-
-def check(results, reference, limits):
-    for x, y, limit in zip(results, reference, (limits.output, limits.state), strict=True):
-        assert_close(np.asarray(x, np.float64), y, limit)
-
-
 @variants()
 def test_decode(case):
-    operands, spec, arrays, options, limits = drawn(case, "decode")
+    operands, spec, arrays, options, limits = drawn_operands(case, "decode", SLOTS)
     check(decode_calls.decode(operands, Spec(**spec)), oracle.decode(*arrays, **options), limits)
 
 
 @variants(tokens=3)
 def test_decode_mtp(case):
-    operands, spec, arrays, options, limits = drawn(case, "draft")
+    operands, spec, arrays, options, limits = drawn_operands(case, "draft", SLOTS)
     results = decode_calls.decode_mtp(operands, Spec(**spec))
     check(results, oracle.decode_mtp(*arrays, **options), limits)
     state = operands.state
@@ -92,7 +75,7 @@ def test_decode_mtp(case):
 def test_decode_mtp_paged(case):
     slots = np.asarray([[6, 0], [2, -1], [-7, 4]], np.int32)  # the second row keeps one state, the last is padding
     accepted = np.asarray([2, 1, 1], np.int32)
-    operands, spec, arrays, options, limits = drawn(case, "draft", slots)
+    operands, spec, arrays, options, limits = drawn_operands(case, "draft", slots)
     paged = PagedOperands(*operands, accepted[: case.batch])
     results = decode_calls.decode_mtp_paged(paged, Spec(**spec))
     check(results, oracle.decode_mtp(*arrays, **options, num_accepted=accepted[: case.batch]), limits)
@@ -109,7 +92,7 @@ def test_decode_mtp_paged(case):
 def test_verify_and_flush(case, tokens):
     """Both forms of verify: which T takes which depends on the pool's dtype."""
     case = dataclasses.replace(case, tokens=tokens)
-    operands, spec, arrays, options, limits = drawn(case, "draft")
+    operands, spec, arrays, options, limits = drawn_operands(case, "draft", SLOTS)
     o, *update = verify_calls.verify(operands, VerifySpec(**spec, with_update=True))
     (alone,) = verify_calls.verify(operands, VerifySpec(**spec, with_update=False))
     assert_equal(alone, o)
@@ -124,7 +107,7 @@ def test_verify_and_flush(case, tokens):
 @pytest.mark.parametrize("tokens", [6, 16])
 def test_verify_of_many_tokens(tokens):
     case = dataclasses.replace(SMALL, batch=1, tokens=tokens, heads=1, value_heads=1)
-    operands, spec, arrays, options, limits = drawn(case, "draft")
+    operands, spec, arrays, options, limits = drawn_operands(case, "draft", SLOTS)
     o, *update = verify_calls.verify(operands, VerifySpec(**spec, with_update=True))
     assert_close(np.asarray(o, np.float64), oracle.verify(*arrays, **options), limits.output)
     for m in range(0, tokens + 1, 5):
@@ -140,7 +123,7 @@ def test_padding_touches_nothing(slots):
     """Rows outside the pool, however far; and without indices row n is slot n."""
     slots = None if slots is None else np.asarray(slots, np.int32)
     case = dataclasses.replace(SMALL, tokens=2, pool_size=5 if slots is not None else None)
-    operands, spec, arrays, options, limits = drawn(case, "draft", slots)
+    operands, spec, arrays, options, limits = drawn_operands(case, "draft", slots)
     o, *update = verify_calls.verify(operands, VerifySpec(**spec, with_update=True))
     accepted = np.asarray([2, 1, 2], np.int32)
     (state,) = flush_calls.flush(FlushOperands(*update, operands.state, slots, accepted), FlushSpec(None))
@@ -157,7 +140,7 @@ def test_padding_touches_nothing(slots):
 
 def test_gate_parameters_of_each_row():
     """As they are once vmapped: [N, HV] and [N, HV, K], each on its own."""
-    operands, spec, *_ = drawn(SMALL, "decode", np.asarray([0, 1, 2], np.int32))
+    operands, spec, *_ = drawn_operands(SMALL, "decode", np.asarray([0, 1, 2], np.int32))
     o, state = decode_calls.decode(operands, Spec(**spec))
     rows = operands._replace(A_log=np.stack([operands.A_log] * 3), dt_bias=np.stack([operands.dt_bias] * 3))
     assert_equal(decode_calls.decode(rows, Spec(**spec)), (o, state))

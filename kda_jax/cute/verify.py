@@ -13,6 +13,7 @@ from kda_jax._operands import PoolOperands, VerifySpec
 from kda_jax.cute.call import call, token_choices, token_operands, token_output
 
 KERNEL = "verify"
+MAX_TOKENS = 16
 
 
 def every_choice() -> Iterator[dict[str, Any]]:

@@ -19,7 +19,7 @@ from cutlass import Float32
 from . import stream
 from .token import TYPES, WARP, by_lane, exp, loaded, slot_of, state_by_lane, write
 
-UNROLL = 3  # tokens requested together
+UNROLL = 2  # tokens requested together
 ROWS = 4  # of the state to a warp, where there is no ring
 WARPS = 4
 

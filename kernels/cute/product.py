@@ -29,14 +29,15 @@ def zeros(count):
 
 
 def halves(values, dtype):
-    """As sums of two numbers of fewer bits, of which the first is cut off, not rounded: that costs no conversion."""
-    bits = [x.bitcast(Uint32) for x in values]
-    cut = [x & Uint32(0xFFFFFFFF << 24 - KEPT[dtype] & 0xFFFFFFFF) for x in bits]
+    """As sums of two numbers of fewer bits: the first rounded, as integers are, which takes no conversion, and the rest."""
+    dropped = 24 - KEPT[dtype]
+    nearest = [x.bitcast(Uint32) + Uint32(1 << dropped - 1) for x in values]
+    cut = [x & Uint32(0xFFFFFFFF << dropped & 0xFFFFFFFF) for x in nearest]
     rest = [x - y.bitcast(Float32) for x, y in zip(values, cut, strict=True)]
     if dtype is TFloat32:  # a product takes no more bits of a number than it has
         words, rest = cut, registers([x.bitcast(Uint32) for x in rest], Uint32)
     else:
-        words = [(x >> Uint32(16)) | y for x, y in zip(bits[::2], cut[1::2], strict=True)]
+        words = [(x >> Uint32(16)) | y for x, y in zip(nearest[::2], cut[1::2], strict=True)]
         rest = registers([x.to(dtype) for x in rest], dtype)
     layout = cute.make_layout(len(values))
     parts = registers(words, Uint32), rest

@@ -2,9 +2,9 @@
 
 Bound: memory, V K numbers of state a (row, value head), as long as what T adds is small. So all that tokens ask of the
 state is one product on tensor cores, S [k_t exp(G_t) | q_t exp(G_t)], [V, K] x [K, 2 T]. A program has one value head of a
-row, a warp 16 rows of its state. It requests them first, into shared memory, a lane what it will want in its registers: a
-product may sum over K in any order, so a lane takes 16 bytes side by side for channels that the instruction has apart,
-and need not wait for what other lanes requested.
+row, a warp 16 or 32 rows of its state. It requests them first, into shared memory, a lane what it will want in its
+registers: a product may sum over K in any order, so a lane takes 16 bytes side by side for channels that the instruction
+has apart, and need not wait for what other lanes requested.
 
 While the state is under way the warps share what has to do with tokens alone: activations, decays as ordered products, so
 that no exponent is positive, the T^2 dots of keys and queries with earlier keys, and from these the two [T, T] matrices
@@ -41,10 +41,12 @@ from .token import (
 
 TOKENS = 8, 16  # at most; a kernel for few has fewer registers and less shared memory
 EIGHT = 8  # tokens of a product
-ROWS = 16  # of the state to a warp
+ROWS = 16  # of the state to a product
 TOGETHER = 2  # tokens whose dots are summed at once
-AT_ONCE = {("bfloat16", 8): 3, ("bfloat16", 16): 2, ("float32", 8): 2, ("float32", 16): 2}  # programs on a multiprocessor
-PITCH = 24  # floats from a row of a [T, T] matrix to the next, so that lanes of a request meet in no bank
+# By the pool's dtype and the tokens at most: products of a warp side by side, and programs on a multiprocessor.
+TILES = {("bfloat16", 8): 2, ("bfloat16", 16): 1, ("float32", 8): 1, ("float32", 16): 1}
+AT_ONCE = {("bfloat16", 8): 4, ("bfloat16", 16): 2, ("float32", 8): 2, ("float32", 16): 2}
+PITCH = {8: 8, 16: 24}  # floats from a row of a [T, T] matrix to the next, so that lanes of a request meet in no bank
 
 
 def operands(K, V, STATE, GATE, TOKEN, UPDATE):
@@ -56,7 +58,7 @@ def operands(K, V, STATE, GATE, TOKEN, UPDATE):
 
 def shared_bytes(K, V, STATE, GATE, TOKEN, UPDATE):
     most = max(TOKENS)
-    matrices = 2 * most * (most + PITCH) * 4
+    matrices = 2 * most * (most + PITCH[most]) * 4
     state = V * K * TYPES[STATE].width // 8
     return state + 3 * most * K * 4 + 2 * 2 * most * read_pitch(K, STATE) * 2 + matrices + most * 4
 
@@ -87,7 +89,7 @@ def enqueue(stream, arrays, K, V, STATE, GATE, UPDATE, MOST):
     v = arrays[2]
     verify(*arrays, K, V, STATE, GATE, UPDATE, MOST).launch(
         grid=[v.shape[0] * v.shape[2], 1, 1],
-        block=[V // ROWS * WARP, 1, 1],
+        block=[V // (TILES[STATE, MOST] * ROWS) * WARP, 1, 1],
         min_blocks_per_mp=AT_ONCE[STATE, MOST] * (128 // V),
         preferred_smem_carveout=100,  # percent; left out, the DSL would ask a device
         stream=stream,
@@ -107,7 +109,8 @@ def verify(
     program, _, _ = cute.arch.block_idx()
     lane, warp = thread % WARP, thread // WARP
     line, column = lane // 4, lane % 4  # of a product's fragments
-    WARPS = V // ROWS
+    M = TILES[STATE, TOKENS]
+    WARPS = V // (M * ROWS)
     n_rows, tokens, value_heads, heads, pool = v.shape[0], v.shape[1], v.shape[2], q.shape[2], state.shape[0]
     hv, n = program % value_heads, program // value_heads
     group = value_heads // heads
@@ -120,20 +123,22 @@ def verify(
     STEPS = SIDE // 4
     LOADS = K // (4 * SIDE)
     EIGHTS = TOKENS // EIGHT
-    first = warp * ROWS + 2 * line
+    firsts = [(warp * M + m) * ROWS + 2 * line for m in range(M)]
     shape = pool, value_heads, V, LOADS, 4, SIDE
     strides = wide(value_heads, V * K), V * K, K, 4 * SIDE, SIDE, 1
     fragments = cute.make_tensor(state.iterator, cute.make_layout(shape, stride=strides))
     memory = cutlass.utils.SmemAllocator()
     THREADS = WARPS * WARP
-    shape, strides = (2, LOADS, THREADS, SIDE), (LOADS * THREADS * SIDE, THREADS * SIDE, SIDE, 1)
+    shape = M, 2, LOADS, THREADS, SIDE
+    strides = 2 * LOADS * THREADS * SIDE, LOADS * THREADS * SIDE, THREADS * SIDE, SIDE, 1
     rows = memory.allocate_tensor(TYPES[STATE], cute.make_layout(shape, stride=strides), 128)
     load = cute.make_copy_atom(
         cute.nvgpu.cpasync.CopyG2SOp(cute.nvgpu.LoadCacheMode.GLOBAL), TYPES[STATE], num_bits_per_copy=128
     )
-    for half in cutlass.range_constexpr(2):
-        for x in cutlass.range_constexpr(LOADS):
-            cute.copy(load, fragments[slot, hv, first + half, x, column, None], rows[half, x, thread, None])
+    for x in cutlass.range_constexpr(LOADS):
+        for m in cutlass.range_constexpr(M):
+            for half in cutlass.range_constexpr(2):
+                cute.copy(load, fragments[slot, hv, firsts[m] + half, x, column, None], rows[m, half, x, thread, None])
     cute.arch.cp_async_commit_group()
 
     by_token = by_lane(  # keys, queries, decays
@@ -150,21 +155,15 @@ def verify(
     )
     square = cute.make_layout((2, TOKENS, TOKENS), stride=(TOKENS * TOKENS, TOKENS, 1))
     links = memory.allocate_tensor(Float32, square, 16)  # of keys and of queries with earlier keys
-    square = cute.make_layout((2, TOKENS, TOKENS // 2, 2), stride=(TOKENS * PITCH, PITCH, 2, 1))
+    square = cute.make_layout((2, TOKENS, TOKENS // 2, 2), stride=(TOKENS * PITCH[TOKENS], PITCH[TOKENS], 2, 1))
     solved = memory.allocate_tensor(Float32, square, 16)  # what u is of v - S k, and what the outputs are of it
     betas = memory.allocate_tensor(Float32, cute.make_layout(TOKENS), 16)
 
-    # What a lane has of v, u and o: two rows, and two of every eight tokens.
+    # What a lane has of v, u and o: two rows of a product, and two of every eight tokens.
     pairs = (n_rows, tokens, value_heads, V // 2, 2), (tokens * value_heads * V, value_heads * V, V, 2, 1)
     v_pairs, o_pairs, u_pairs = (
         cute.make_tensor(x.iterator, cute.make_layout(pairs[0], stride=pairs[1])) for x in (v, o, u)
     )
-    values = cute.make_rmem_tensor(cute.make_layout((EIGHTS, 2, 2), stride=(4, 2, 1)), v.element_type)
-    for eight in cutlass.range_constexpr(EIGHTS):
-        for e in cutlass.range_constexpr(2):
-            t = cutlass.min(eight * EIGHT + 2 * column + e, tokens - 1)
-            cute.autovec_copy(v_pairs[n, t, hv, first // 2, None], values[eight, e, None])
-
     q_lanes, k_lanes = by_lane(q, (n_rows, tokens, heads), K), by_lane(k, (n_rows, tokens, heads), K)
     g_lanes = by_lane(g, (n_rows, tokens, value_heads), K)
     rate = A_log[cutlass.min(n, A_log.shape[0] - 1), hv]
@@ -190,6 +189,12 @@ def verify(
                     [select(live, x, Float32(0.0)) for x in b_k],
                     by_lane(k_out, (n_rows, tokens, heads), K)[n, t, h, lane, None],
                 )
+    values = cute.make_rmem_tensor(cute.make_layout((M, EIGHTS, 2, 2), stride=(4 * EIGHTS, 4, 2, 1)), v.element_type)
+    for m in cutlass.range_constexpr(M):
+        for eight in cutlass.range_constexpr(EIGHTS):
+            for e in cutlass.range_constexpr(2):
+                t = cutlass.min(eight * EIGHT + 2 * column + e, tokens - 1)
+                cute.autovec_copy(v_pairs[n, t, hv, firsts[m] // 2, None], values[m, eight, e, None])
     cute.arch.sync_threads()
 
     # The links of a token to those behind it; and what it reads, with the decays from the state to it.
@@ -223,58 +228,64 @@ def verify(
 
     # S k and S q, of eight tokens each.
     product = atom(BFloat16)
-    found = [[zeros(4) for _ in range(2)] for _ in range(EIGHTS)]
+    found = [[[zeros(4) for _ in range(2)] for _ in range(EIGHTS)] for _ in range(M)]
     cute.arch.cp_async_wait_group(0)  # a thread waits for no other's
     for x in cutlass.range_constexpr(LOADS):
-        lefts, mine = [], cute.make_rmem_tensor(cute.make_layout((2, SIDE), stride=(SIDE, 1)), TYPES[STATE])
-        for half in cutlass.range_constexpr(2):
-            cute.autovec_copy(rows[half, x, thread, None], mine[half, None])
-        for s in cutlass.range_constexpr(STEPS):
-            # Two numbers of a row, two of the next; then their neighbours.
-            some = [mine[i, s * 4 + pair * 2 + e] for pair in range(2) for i in range(2) for e in range(2)]
-            lefts.append(halves(some, BFloat16) if STATE == "float32" else [registers(some, BFloat16)])
+        lefts = []
+        for m in cutlass.range_constexpr(M):
+            mine = cute.make_rmem_tensor(cute.make_layout((2, SIDE), stride=(SIDE, 1)), TYPES[STATE])
+            for half in cutlass.range_constexpr(2):
+                cute.autovec_copy(rows[m, half, x, thread, None], mine[half, None])
+            lefts.append(factors(mine, STEPS, STATE))
         for eight in cutlass.range_constexpr(EIGHTS):
-            multiply(product, found[eight], reads_fragments, eight * EIGHT, x, line, column, lefts)
+            for kind in cutlass.range_constexpr(2):
+                rights = of_reads(reads_fragments, kind, eight * EIGHT + line, x, column, STEPS)
+                for m in cutlass.range_constexpr(M):
+                    for s in cutlass.range_constexpr(STEPS):
+                        add(product, found[m][eight][kind], lefts[m][s], rights[s])
     cute.arch.sync_threads()
 
     # From v - S k to u and o. A row's sums of two tokens are where the next product wants its factors.
     product = atom(TFloat32)
-    lefts = []
-    for eight in cutlass.range_constexpr(EIGHTS):
-        missing = []
-        for e in cutlass.range_constexpr(2):
-            known = eight * EIGHT + 2 * column + e < tokens
-            for i in cutlass.range_constexpr(2):
-                x = values[eight, e, i].to(Float32) - found[eight][0][2 * i + e]
-                missing.append(select(known, x, Float32(0.0)))
-        lefts.append(halves(missing, TFloat32))
-    for eight in cutlass.range_constexpr(EIGHTS):
-        updates = zeros(4)
-        for earlier in cutlass.range_constexpr(eight + 1):
-            for to, matrix in ((updates, 0), (found[eight][1], 1))[0 if UPDATE else 1 :]:
-                rights = loaded(solved[matrix, eight * EIGHT + line, earlier * EIGHT // 2 + column, None])
-                add(product, to, lefts[earlier], halves(rights, TFloat32))
-        for e in cutlass.range_constexpr(2):
-            t = eight * EIGHT + 2 * column + e
-            if t < tokens:
-                write([select(live, found[eight][1][2 * i + e], Float32(0.0)) for i in range(2)],
-                      o_pairs[n, t, hv, first // 2, None])  # fmt: skip
-                if cutlass.const_expr(UPDATE):
-                    write([select(live, updates[2 * i + e], Float32(0.0)) for i in range(2)],
-                          u_pairs[n, t, hv, first // 2, None])  # fmt: skip
+    for m in cutlass.range_constexpr(M):
+        lefts = []
+        for eight in cutlass.range_constexpr(EIGHTS):
+            missing = []
+            for e in cutlass.range_constexpr(2):
+                known = eight * EIGHT + 2 * column + e < tokens
+                for i in cutlass.range_constexpr(2):
+                    x = values[m, eight, e, i].to(Float32) - found[m][eight][0][2 * i + e]
+                    missing.append(select(known, x, Float32(0.0)))
+            lefts.append(halves(missing, TFloat32))
+        for eight in cutlass.range_constexpr(EIGHTS):
+            b_u, b_o = zeros(4), found[m][eight][1]
+            for earlier in cutlass.range_constexpr(eight + 1):
+                for to, matrix in ((b_u, 0), (b_o, 1))[0 if UPDATE else 1 :]:
+                    rights = loaded(solved[matrix, eight * EIGHT + line, earlier * EIGHT // 2 + column, None])
+                    add(product, to, lefts[earlier], halves(rights, TFloat32))
+            for e in cutlass.range_constexpr(2):
+                t = eight * EIGHT + 2 * column + e
+                if t < tokens:
+                    place = n, t, hv, firsts[m] // 2, None
+                    write([select(live, b_o[2 * i + e], Float32(0.0)) for i in range(2)], o_pairs[place])
+                    if cutlass.const_expr(UPDATE):
+                        write([select(live, b_u[2 * i + e], Float32(0.0)) for i in range(2)], u_pairs[place])
 
 
-def multiply(product, found, reads, token, x, line, column, lefts):
-    """Adds to the sums of eight tokens' keys and queries what a load's channels give."""
-    for kind in range(2):
-        parts = []
-        for part in range(2):
-            some = cute.make_rmem_tensor(cute.make_layout(cute.size(reads.shape[5])), BFloat16)
-            cute.autovec_copy(reads[part, kind, token + line, x, column, None], some)
-            parts.append(some)
-        for s, left in enumerate(lefts):
-            rights = [registers([some[s * 4 + e] for e in range(4)], BFloat16) for some in parts]
-            add(product, found[kind], left, rights)
+def factors(mine, STEPS, STATE):
+    """A lane's two rows of a load as left factors: two numbers of a row, two of the next; then their neighbours."""
+    steps = [[mine[i, s * 4 + pair * 2 + e] for pair in range(2) for i in range(2) for e in range(2)] for s in range(STEPS)]
+    return [halves(x, BFloat16) if STATE == "float32" else [registers(x, BFloat16)] for x in steps]
+
+
+def of_reads(reads, kind, token, x, column, STEPS):
+    """A token's read of a load's channels as right factors."""
+    parts = []
+    for part in range(2):
+        some = cute.make_rmem_tensor(cute.make_layout(4 * STEPS), BFloat16)
+        cute.autovec_copy(reads[part, kind, token, x, column, None], some)
+        parts.append(some)
+    return [[registers([some[s * 4 + e] for e in range(4)], BFloat16) for some in parts] for s in range(STEPS)]
 
 
 @cute.jit

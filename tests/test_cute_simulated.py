@@ -1,0 +1,140 @@
+"""Every CuTe kernel's body, run on the CPU thread by thread, against the oracle, by the callers that a GPU has."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from kda_jax._operands import FlushOperands, FlushSpec, PagedOperands, Spec, VerifySpec
+from kda_jax.cute import decode as decode_calls
+from kda_jax.cute import decode_mtp as decode_mtp_calls
+from kda_jax.cute import flush as flush_calls
+from kda_jax.cute import verify as verify_calls
+from kda_jax.testing import oracle
+from kda_jax.testing.cases import Case
+
+from .common import assert_equal, check, drawn_operands
+
+pytest.importorskip("greenlet")
+
+from . import simt
+
+SMALL = Case(
+    "softplus", batch=2, heads=1, value_heads=2, k_dim=64, v_dim=64, pool_size=4, dtype="bfloat16", state_dtype="float32"
+)
+SLOTS = np.asarray([3, -1, 0], np.int32)
+RING, NO_RING = 0, 1 << 30  # rows from which on there is one
+
+
+@pytest.fixture(autouse=True)
+def simulated(monkeypatch):
+    for caller in (decode_calls, decode_mtp_calls, verify_calls, flush_calls):
+        monkeypatch.setattr(caller, "call", simt.call)
+    # So that a program has more tiles than its ring has places; and a warp enough work to be worth its simulation.
+    monkeypatch.setattr(simt.module("stream"), "PROGRAMS", 1)
+    monkeypatch.setattr(decode_mtp_calls, "rows_of", lambda *sizes: 8)
+
+
+def variants(**changes):
+    """The options and dtypes, each at least once, on a small shape."""
+    some = {
+        "softplus": {},
+        "lower-bound": {"gate": "lower_bound", "state_dtype": "bfloat16"},
+        "raw": {"gate": None, "qk_l2norm": False, "beta_sigmoid": False, "dtype": "float16"},
+        "neg-eigval": {"allow_neg_eigval": True, "scale": 0.5, "dt_bias": False, "dtype": "float32", "batch": 1},
+        "128": {"k_dim": 128, "v_dim": 128, "batch": 1, "gate": "lower_bound"},
+        "128-bf16": {"k_dim": 128, "v_dim": 128, "batch": 1, "value_heads": 3, "state_dtype": "bfloat16"},
+        "g-minus-200": {"gate": None, "g_value": -200.0, "batch": 1},
+    }
+    made = [dataclasses.replace(SMALL, name=name, **(changes | options)) for name, options in some.items()]
+    return pytest.mark.parametrize("case", made, ids=str)
+
+
+@variants()
+def test_decode(monkeypatch, case):
+    """Through a ring and without, the same bits."""
+    operands, spec, arrays, options, limits = drawn_operands(case, "decode", SLOTS)
+    results = []
+    for streamed in (RING, NO_RING):
+        monkeypatch.setattr(decode_calls, "STREAMED", streamed)
+        results.append(decode_calls.decode(operands, Spec(**spec)))
+    assert_equal(*results)
+    check(results[0], oracle.decode(*arrays, **options), limits)
+
+
+@pytest.mark.parametrize("rows", [decode_mtp_calls.SMALL, 8])
+def test_decode_mtp(monkeypatch, rows):
+    """Strict: bit for bit as calls of decode, whatever the rows of a warp."""
+    monkeypatch.setattr(decode_calls, "STREAMED", RING)
+    monkeypatch.setattr(decode_mtp_calls, "rows_of", lambda *sizes: rows)
+    case = dataclasses.replace(SMALL, tokens=2, state_dtype="bfloat16")
+    operands, spec, arrays, options, limits = drawn_operands(case, "draft", SLOTS)
+    results = decode_mtp_calls.decode_mtp(operands, Spec(**spec))
+    check(results, oracle.decode_mtp(*arrays, **options), limits)
+    state = operands.state
+    for t in range(2):
+        token = operands._replace(**{name: getattr(operands, name)[:, t] for name in ("q", "k", "v", "g", "beta")})
+        o, state = decode_calls.decode(token._replace(state=state), Spec(**spec))
+        assert_equal(o, results[0][:, t])
+        assert_equal(state[SLOTS[0]], results[1][0, t])
+
+
+def test_decode_mtp_paged():
+    slots = np.asarray([[3, 0], [2, -1], [-7, 1]], np.int32)  # the second row keeps one state, the last is padding
+    accepted = np.asarray([2, 1, 1], np.int32)
+    case = dataclasses.replace(SMALL, batch=3, tokens=2)
+    operands, spec, arrays, options, limits = drawn_operands(case, "draft", slots)
+    results = decode_mtp_calls.decode_mtp_paged(PagedOperands(*operands, accepted), Spec(**spec))
+    check(results, oracle.decode_mtp(*arrays, **options, num_accepted=accepted), limits)
+    outside = np.asarray([0, 3, -1], np.int32)
+    o, state = decode_mtp_calls.decode_mtp_paged(PagedOperands(*operands, outside), Spec(**spec))
+    assert not o.any()
+    assert_equal(state, operands.state)
+
+
+def check_verify_and_flush(monkeypatch, case, slots=SLOTS):
+    operands, spec, arrays, options, limits = drawn_operands(case, "draft", slots)
+    o, *update = verify_calls.verify(operands, VerifySpec(**spec, with_update=True))
+    assert_equal(verify_calls.verify(operands, VerifySpec(**spec, with_update=False)), (o,))
+    padded = np.zeros(case.batch, bool) if slots is None else slots[: case.batch] < 0
+    assert not any(x[padded].any() for x in (o, *update))
+    accepted = np.asarray([case.tokens, 1, 0], np.int32)[: case.batch]
+    flushed = FlushOperands(*update, operands.state, operands.state_indices, accepted)
+    states = []
+    for streamed in (RING, NO_RING):
+        monkeypatch.setattr(flush_calls, "STREAMED", streamed)
+        states += flush_calls.flush(flushed, FlushSpec(None))
+    assert_equal(*states)
+    check((o, states[0]), (oracle.verify(*arrays, **options), oracle.verify_flush(*arrays, accepted, **options)), limits)
+
+
+@variants(tokens=3)
+def test_verify_and_flush(monkeypatch, case):
+    check_verify_and_flush(monkeypatch, case)
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 9, 16])
+def test_verify_of_so_many_tokens(monkeypatch, tokens):
+    """Eight are one product's, and one kernel's; and without indices row n is slot n."""
+    case = dataclasses.replace(SMALL, batch=1, value_heads=1, pool_size=None, tokens=tokens)
+    check_verify_and_flush(monkeypatch, case, None)
+
+
+def test_gate_parameters_of_each_row():
+    """As they are once vmapped: [N, HV] and [N, HV, K], each on its own."""
+    operands, spec, *_ = drawn_operands(SMALL, "decode", np.asarray([0, 1], np.int32))
+    o, state = decode_calls.decode(operands, Spec(**spec))
+    rows = operands._replace(A_log=np.stack([operands.A_log] * 2), dt_bias=np.stack([operands.dt_bias] * 2))
+    assert_equal(decode_calls.decode(rows, Spec(**spec)), (o, state))
+    rows.A_log[1] += 1
+    changed, _ = decode_calls.decode(rows, Spec(**spec))
+    assert [bool((changed[n] == o[n]).all()) for n in range(2)] == [True, False]
+
+
+def test_threads_that_wait_for_ever_are_found(monkeypatch):
+    """So that a kernel that hangs a GPU fails here."""
+    monkeypatch.setattr(simt.module("stream"), "leave", lambda ring, i: None)
+    monkeypatch.setattr(decode_calls, "STREAMED", RING)
+    operands, spec, *_ = drawn_operands(SMALL, "decode", SLOTS)
+    with pytest.raises(AssertionError, match="wait for ever"):
+        decode_calls.decode(operands, Spec(**spec))
