@@ -1,4 +1,4 @@
-"""``python -m benchmarks.peers FOLDER``: SGLang's, FLA's, FlashInfer's kernels and the card's bandwidth, a JSON file a suite.
+"""``python -m benchmarks.peers FOLDER``: SGLang's, FLA's, FlashInfer's kernels and the card's bandwidth, a file a suite.
 
 PyTorch only, in a process of its own: FLA finds no GPU in one that imported jax_triton. The peers are looked for on
 PYTHONPATH; what is missing is said and left out. Every shape is a CUDA graph of as many calls, on slots of one pool in the

@@ -363,6 +363,7 @@ def _modules() -> dict[str, Any]:
         shuffle_sync=_shuffle,
         shuffle_sync_bfly=lambda x, offset: _shuffle(x, _lane() ^ offset),
         exp2=_function(np.exp2),
+        rcp_approx=_function(np.reciprocal),
         fmin=lambda x, y: Float32(np.fmin(x.value, y.value)),
         mbarrier_init=_init,
         mbarrier_arrive=_arrive,
@@ -404,6 +405,7 @@ def _modules() -> dict[str, Any]:
         range_constexpr=range,
         const_expr=lambda x: x,
         min=min,
+        max=max,
         select_=lambda condition, x, y: x if condition else y,
         **{kind.__name__: kind for kind in (BFloat16, Float32, TFloat32, Uint32, Int32, Int64)},
     )

@@ -27,6 +27,7 @@ def lanes(monkeypatch):
     monkeypatch.setattr(token, "from_lane", lambda x, lane: np.broadcast_to(x[lane], 32))
     monkeypatch.setattr(token, "Float32", np.float32)
     monkeypatch.setattr(token, "exp", np.exp)
+    monkeypatch.setattr(token, "inverse", np.reciprocal)
     monkeypatch.setattr(token.cute.arch, "fmin", np.minimum)
     monkeypatch.setattr(token.cute, "math", type("math", (), {"log": np.log, "rsqrt": lambda x: 1 / np.sqrt(x)}))
 

@@ -13,7 +13,7 @@ without a ring: what batches take of which a ring would see one tile.
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32
+from cutlass import Float32
 
 from .token import (
     TYPES,
@@ -24,6 +24,7 @@ from .token import (
     held,
     loaded,
     log_decays,
+    numbers_of,
     own_row,
     select,
     slot_of,
@@ -84,31 +85,19 @@ def decode_mtp(
     part, hv, n = program % PARTS, program // PARTS % value_heads, program // PARTS // value_heads
     h = hv // (value_heads // heads)
     first = (part * WARPS + warp) * ROWS
+    # Where the state is, then the first token, then the state: so the token does not wait for the slot, too.
     if cutlass.const_expr(PAGED):
-        # A count outside [1, T] makes padding, too.
-        known = (accepted[n] > 0) & (accepted[n] <= tokens)
-        start = slots[n, select(known, accepted[n] - 1, Int32(0))]
-        slot, live = within(pool, select(known, start, Int32(-1)))
+        count, where = accepted[n], slots[n, 0]
     else:
         slot, live = slot_of(slots, pool, n)
-
     q_lanes, k_lanes = by_lane(q, (n_rows, tokens, heads), K), by_lane(k, (n_rows, tokens, heads), K)
     g_lanes = by_lane(g, (n_rows, tokens, value_heads), K)
     bias_lanes = by_lane(dt_bias, (dt_bias.shape[0], value_heads), K)
     each = K // WARP
-    state_lanes = state_by_lane(state, K, V)
-    if cutlass.const_expr(PAGED):
-        states_lanes = state_lanes
-    else:
-        strides = wide(tokens * value_heads, V * K), wide(value_heads, V * K), V * K, K, each, 1
-        shape = n_rows, tokens, value_heads, V, WARP, each
-        states_lanes = cute.make_tensor(states.iterator, cute.make_layout(shape, stride=strides))
-    s = cute.make_rmem_tensor(cute.make_layout((ROWS, each), stride=(each, 1)), TYPES[STATE])
-    for j in cutlass.range_constexpr(ROWS):
-        cute.autovec_copy(state_lanes[slot, hv, first + j, lane, None], s[j, None])
     # Gate parameters that all rows share have one row.
     rate = A_log[cutlass.min(n, A_log.shape[0] - 1), hv]
     bias = loaded(bias_lanes[cutlass.min(n, dt_bias.shape[0] - 1), hv, lane, None])
+    chosen = numbers_of(options)
 
     row = first + own_row(lane, ROWS)
     of_lane = [cute.make_rmem_tensor(cute.make_layout(each), TYPES[TOKEN]) for _ in range(3)]
@@ -117,6 +106,22 @@ def decode_mtp(
     for x, to in zip(firsts, of_lane, strict=True):
         cute.autovec_copy(x, to)
     numbers[0], numbers[1] = beta[n, 0, hv], v[n, 0, hv, row]
+    if cutlass.const_expr(PAGED):
+        if tokens > 1:
+            where = slots[n, cutlass.min(cutlass.max(count, 1), tokens) - 1]
+        slot, live = within(pool, where)
+        live = live & (count > 0) & (count <= tokens)  # another count makes padding
+    state_lanes = state_by_lane(state, K, V)
+    if cutlass.const_expr(PAGED):
+        states_lanes = state_lanes
+    else:
+        strides = wide(tokens * value_heads, V * K), wide(value_heads, V * K), V * K, K, each, 1
+        shape = n_rows, tokens, value_heads, V, WARP, each
+        states_lanes = cute.make_tensor(states.iterator, cute.make_layout(shape, stride=strides))
+    s = cute.make_rmem_tensor(cute.make_layout((ROWS, each), stride=(each, 1)), TYPES[STATE])
+    cute.arch.sync_warp()  # or the assembler would turn the order around
+    for j in cutlass.range_constexpr(ROWS):
+        cute.autovec_copy(state_lanes[slot, hv, first + j, lane, None], s[j, None])
     for t in cutlass.range(tokens):
         b_q, b_k, b_g = (held(x) for x in of_lane)
         b_beta, b_v = numbers[0].to(Float32), numbers[1].to(Float32)
@@ -126,8 +131,8 @@ def decode_mtp(
         cute.autovec_copy(g_lanes[n, later, hv, lane, None], of_lane[2])
         numbers[0], numbers[1] = beta[n, later, hv], v[n, later, hv, row]
 
-        decay = [exp(x) for x in log_decays(b_g, rate, bias, options, GATE)]
-        b_q, b_k, b_beta, kq = activated(b_q, b_k, b_beta, options)
+        decay = [exp(x) for x in log_decays(b_g, rate, bias, chosen, GATE)]
+        b_q, b_k, b_beta, kq = activated(b_q, b_k, b_beta, chosen)
         rows = [[s[j, e].to(Float32) for e in range(each)] for j in range(ROWS)]
         rows, b_o = step(rows, decay, b_q, b_k, kq, b_beta, b_v, lane)
         for j in cutlass.range_constexpr(ROWS):

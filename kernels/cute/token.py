@@ -88,6 +88,11 @@ def state_by_lane(state, K, V):
     return cute.make_tensor(state.iterator, cute.make_layout((pool, value_heads, V, WARP, each), stride=strides))
 
 
+def numbers_of(options):
+    """The array of options, requested at once."""
+    return loaded(cute.make_tensor(options.iterator, cute.make_layout(OPTIONS)))
+
+
 def held(x):
     """What a lane holds in registers, in float32."""
     return [x[i].to(Float32) for i in range(cute.size(x))]
@@ -104,15 +109,20 @@ def exp(x):
     return cute.arch.exp2(x * 1.4426950408889634)
 
 
+def inverse(x):
+    """Within an ulp, of what is neither 0 nor that small; the exact one would branch."""
+    return cute.arch.rcp_approx(x)
+
+
 def sigmoid(x):
-    return 1.0 / (1.0 + exp(-x))
+    return inverse(1.0 + exp(-x))
 
 
 def log1p(x):
     """For x >= 0, exact in the last bits where 1 + x rounds (Higham, Accuracy and Stability, 1.14.1)."""
     u = 1.0 + x
     exact = u == 1.0
-    return select(exact, x, cute.math.log(u) * (x / select(exact, Float32(1.0), u - 1.0)))
+    return select(exact, x, cute.math.log(u) * (x * inverse(select(exact, Float32(1.0), u - 1.0))))
 
 
 def log_decays(g, A_log, dt_bias, options, GATE):

@@ -28,9 +28,11 @@ from .token import (
     by_lane,
     dot,
     exp,
+    held,
     holder,
     loaded,
     log_decays,
+    numbers_of,
     select,
     slot_of,
     sums,
@@ -96,6 +98,13 @@ def enqueue(stream, arrays, K, V, STATE, GATE, UPDATE, MOST):
     )
 
 
+def request(of_lane, token, beta, n, t, h, hv, lane):
+    """A token's q, k and g into a lane's registers, and its beta."""
+    for x, to, head in zip(token, of_lane, (h, h, hv), strict=True):
+        cute.autovec_copy(x[n, t, head, lane, None], to)
+    return beta[n, t, hv].to(Float32)
+
+
 @cute.kernel
 def verify(
     q: cute.Tensor, k: cute.Tensor, v: cute.Tensor, g: cute.Tensor, beta: cute.Tensor, A_log: cute.Tensor,
@@ -135,12 +144,6 @@ def verify(
     load = cute.make_copy_atom(
         cute.nvgpu.cpasync.CopyG2SOp(cute.nvgpu.LoadCacheMode.GLOBAL), TYPES[STATE], num_bits_per_copy=128
     )
-    for x in cutlass.range_constexpr(LOADS):
-        for m in cutlass.range_constexpr(M):
-            for half in cutlass.range_constexpr(2):
-                cute.copy(load, fragments[slot, hv, firsts[m] + half, x, column, None], rows[m, half, x, thread, None])
-    cute.arch.cp_async_commit_group()
-
     by_token = by_lane(  # keys, queries, decays
         memory.allocate_tensor(Float32, cute.make_layout(3 * TOKENS * K), 128), (3, TOKENS), K
     )
@@ -167,17 +170,28 @@ def verify(
     q_lanes, k_lanes = by_lane(q, (n_rows, tokens, heads), K), by_lane(k, (n_rows, tokens, heads), K)
     g_lanes = by_lane(g, (n_rows, tokens, value_heads), K)
     rate = A_log[cutlass.min(n, A_log.shape[0] - 1), hv]
-    bias_lanes = by_lane(dt_bias, (dt_bias.shape[0], value_heads), K)[cutlass.min(n, dt_bias.shape[0] - 1), hv, lane, None]
+    bias = loaded(by_lane(dt_bias, (dt_bias.shape[0], value_heads), K)[cutlass.min(n, dt_bias.shape[0] - 1), hv, lane, None])
+    chosen = numbers_of(options)
+    # A warp's first token is requested before the state, since that has to wait for the slot.
+    of_lane = [cute.make_rmem_tensor(cute.make_layout(K // WARP), q.element_type) for _ in range(3)]
+    b_beta = request(of_lane, (q_lanes, k_lanes, g_lanes), beta, n, cutlass.min(warp, tokens - 1), h, hv, lane)
+    cute.arch.sync_warp()  # or the assembler would turn the order around
+    for x in cutlass.range_constexpr(LOADS):
+        for m in cutlass.range_constexpr(M):
+            for half in cutlass.range_constexpr(2):
+                cute.copy(load, fragments[slot, hv, firsts[m] + half, x, column, None], rows[m, half, x, thread, None])
+    cute.arch.cp_async_commit_group()
+
     for mine in cutlass.range((tokens - warp + WARPS - 1) // WARPS):
         t = warp + mine * WARPS
-        log_decay = log_decays(loaded(g_lanes[n, t, hv, lane, None]), rate, loaded(bias_lanes), options, GATE)
-        b_q, b_k, b_beta, kq = activated(
-            loaded(q_lanes[n, t, h, lane, None]), loaded(k_lanes[n, t, h, lane, None]), beta[n, t, hv].to(Float32), options
-        )
+        if mine > 0:
+            b_beta = request(of_lane, (q_lanes, k_lanes, g_lanes), beta, n, t, h, hv, lane)
+        log_decay = log_decays(held(of_lane[2]), rate, bias, chosen, GATE)
+        b_q, b_k, activated_beta, kq = activated(held(of_lane[0]), held(of_lane[1]), b_beta, chosen)
         write(b_k, by_token[0, t, lane, None])
         write(b_q, by_token[1, t, lane, None])
         write([exp(x) for x in log_decay], by_token[2, t, lane, None])
-        betas[t] = b_beta
+        betas[t] = activated_beta
         links[1, t, t] = kq
         if cutlass.const_expr(UPDATE):
             write(
