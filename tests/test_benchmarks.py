@@ -1,5 +1,6 @@
 """What the benchmarks say without a GPU: the bytes they count, chunk's programs, and the report of a few rows."""
 
+import itertools
 import json
 import pathlib
 import sys
@@ -122,6 +123,8 @@ def results(tmp_path):
             peers += [row | {"peer": "fla", "us": 2 * us}, row | {"peer": "fla", "variant": "x", "error": ["refused"]}]
     loop = [{"flags": "graphs", "n": n, "us": 11.0, "kernel_us": 10.0, "ratio": 1.1} for n in (1, 8)]
     bandwidth = {"read_modify_write": 4.0, "copy": 4.1}
+    ours["verify"], theirs = _verify_rows()
+    record.write("verify-peers-gpu", said | {"bandwidth": bandwidth, "rows": theirs}, tmp_path)
     ours["chunk"], theirs = _chunk_rows()
     record.write("chunk-peers-gpu", said | {"bandwidth": bandwidth, "rows": theirs}, tmp_path)
     for name, rows in {**ours, "loop": loop}.items():
@@ -130,6 +133,17 @@ def results(tmp_path):
         theirs = [row for row in peers if (row["tokens"] == 1) == (suite == "decode")]
         record.write(f"{suite}-peers-gpu", said | {"bandwidth": bandwidth, "rows": theirs}, tmp_path)
     return tmp_path
+
+
+def _verify_rows():
+    """CuTe takes 40 us and 44, Triton twice that, FlashInfer 42 and 66."""
+    ours, theirs = [], []
+    for pool, (t, us) in itertools.product(POOLS, {2: 40.0, 6: 44.0}.items()):
+        cell = Cell(128, 32, 32, pool, 128, t)
+        ours += [cell.row() | {"implementation": name, "us": us * n} for name, n in {"triton": 2, "cute": 1}.items()]
+        if pool == "bfloat16":
+            theirs.append(cell.row() | {"peer": "flashinfer", "variant": "verify", "us": 42.0 if t == 2 else 66.0})
+    return ours, theirs
 
 
 def _chunk_rows():
@@ -163,12 +177,18 @@ def test_report(results, monkeypatch):
     assert f"| chunk, forward: xla / ours | 12.00 | {first} | 12.00 | 1 |" in page
     assert "| chunk, peak memory: FLA / ours | 1.50 |" in page
     assert f"| chunk, first compilation of forward + backward, s | 20.00 | {first} | 20.00 | 1 |" in page
+    assert "| 128 | 32 | bfloat16 | 6 | 88.00 | 44.00 | 66.00 | 1.50 |" in page
+    assert (
+        "| verify alone, bfloat16 pool: FlashInfer / ours | 1.05 | K=128 H=32 HV=32 bfloat16 N=128 T=2 | 1.50 | 2 |" in page
+    )
+    assert "| verify alone, float32 pool: T = 6 / T = 2 | 1.10 |" in page
     assert (results / "gpu.png").stat().st_size > 0
 
 
 def test_report_of_a_part(results):
     """Each suite may be missing, and a row that failed has no time."""
-    for missing in ("decode-peers", "mtp", "loop", "chunk-peers", "mtp-peers", "decode", "chunk"):
+    suites = "decode-peers", "mtp", "loop", "chunk-peers", "mtp-peers", "verify", "decode", "verify-peers", "chunk"
+    for missing in suites:
         (results / f"{missing}-gpu.json").unlink()
         records = {path.stem.removesuffix("-gpu"): json.loads(path.read_text()) for path in results.glob("*.json")}
         if records:
