@@ -63,9 +63,10 @@ def launch(
     # Without pages no count is read.
     accepted, o, states = (*others, state) if PAGED else (slots, *others)
     programs = v.shape[0] * v.shape[2] * (V // (ROWS * WARPS))
+    # Not told how many programs are to share a multiprocessor, the assembler keeps too few registers and spills.
     decode_mtp(
         q, k, v, g, beta, A_log, dt_bias, state, slots, options, accepted, o, states, K, V, STATE, GATE, TOKEN, ROWS, PAGED
-    ).launch(grid=[programs, 1, 1], block=[WARPS * WARP, 1, 1], stream=stream)
+    ).launch(grid=[programs, 1, 1], block=[WARPS * WARP, 1, 1], min_blocks_per_mp=1, stream=stream)
 
 
 @cute.kernel
@@ -101,11 +102,10 @@ def decode_mtp(
 
     row = first + own_row(lane, ROWS)
     of_lane = [cute.make_rmem_tensor(cute.make_layout(each), TYPES[TOKEN]) for _ in range(3)]
-    numbers = cute.make_rmem_tensor(cute.make_layout(2), TYPES[TOKEN])
     firsts = q_lanes[n, 0, h, lane, None], k_lanes[n, 0, h, lane, None], g_lanes[n, 0, hv, lane, None]
     for x, to in zip(firsts, of_lane, strict=True):
         cute.autovec_copy(x, to)
-    numbers[0], numbers[1] = beta[n, 0, hv], v[n, 0, hv, row]
+    next_beta, next_v = beta[n, 0, hv], v[n, 0, hv, row]
     if cutlass.const_expr(PAGED):
         if tokens > 1:
             where = slots[n, cutlass.min(cutlass.max(count, 1), tokens) - 1]
@@ -124,12 +124,12 @@ def decode_mtp(
         cute.autovec_copy(state_lanes[slot, hv, first + j, lane, None], s[j, None])
     for t in cutlass.range(tokens):
         b_q, b_k, b_g = (held(x) for x in of_lane)
-        b_beta, b_v = numbers[0].to(Float32), numbers[1].to(Float32)
+        b_beta, b_v = next_beta.to(Float32), next_v.to(Float32)
         later = cutlass.min(t + 1, tokens - 1)
         cute.autovec_copy(q_lanes[n, later, h, lane, None], of_lane[0])
         cute.autovec_copy(k_lanes[n, later, h, lane, None], of_lane[1])
         cute.autovec_copy(g_lanes[n, later, hv, lane, None], of_lane[2])
-        numbers[0], numbers[1] = beta[n, later, hv], v[n, later, hv, row]
+        next_beta, next_v = beta[n, later, hv], v[n, later, hv, row]
 
         decay = [exp(x) for x in log_decays(b_g, rate, bias, chosen, GATE)]
         b_q, b_k, b_beta, kq = activated(b_q, b_k, b_beta, chosen)
