@@ -45,10 +45,10 @@ class Needs:
 
     def unmet_by_call(self, call: Call) -> str | None:
         """Why the call cannot be served on any machine, or None."""
-        for axis in ("K", "V"):
-            size = call.sizes[axis]
-            if self.head_dims is not None and size not in self.head_dims:
-                return f"head dimension {axis} is {size}; it must be one of {self.head_dims}"
+        if self.head_dims is not None:
+            for axis in ("K", "V"):
+                if call.sizes[axis] not in self.head_dims:
+                    return f"head dimension {axis} is {call.sizes[axis]}; it must be one of {self.head_dims}"
         if self.equal_head_dims and call.sizes["K"] != call.sizes["V"]:
             return f"head dimensions K and V are {call.sizes['K']} and {call.sizes['V']}; they must be equal"
         tokens = call.sizes.get("T", 1)
@@ -112,6 +112,7 @@ _MTP_GPU = "benchmarks/results/mtp-gpu.json"
 _PALLAS_GPU = "benchmarks/results/pallas-gpu.json"
 _CUTE_GPU = "benchmarks/results/cute-gpu.json"
 _CPU = "benchmarks/results/serving-cpu.json"
+_Q8_0_GPU = "benchmarks/results/q8-0-gpu.json"  # the run to be made
 
 # The first row that serves a call wins, so the fastest stands first; None passes over those with default=False.
 TABLE = (
@@ -137,6 +138,9 @@ TABLE = (
     Row("kda_flush", "triton", _TRITON, "kda_jax.triton.flush:flush", _MTP_GPU),
     Row("kda_flush", "cute", _CUTE, "kda_jax.cute.flush:flush", _CUTE_GPU, default=False),
     Row("kda_flush", "xla", _ANY, "kda_jax.xla.flush:flush", _CPU),
+    Row("q8_0_matmul", "xla", _ANY, "kda_jax.xla.q8_0:matmul", _Q8_0_GPU),
+    Row("q8_0_matmul_pair", "xla", _ANY, "kda_jax.xla.q8_0:matmul_pair", _Q8_0_GPU),
+    Row("q8_0_matmul_hc_expand", "xla", _ANY, "kda_jax.xla.q8_0:matmul_hc_expand", _Q8_0_GPU),
 )
 
 
@@ -197,7 +201,8 @@ def _rows(operation: str, implementation: str | None) -> list[Row]:
 
 
 def _cannot_serve(call: Call, implementation: str | None, reason: str | None) -> NotImplementedError:
-    name = call.operation.replace("_", ".", 1)
+    module = "q8_0" if call.operation.startswith("q8_0_") else "kda"
+    name = call.operation.replace(f"{module}_", f"{module}.", 1)
     for form in ("_fwd", "_bwd", "_paged"):
         name = name.removesuffix(form)
     return NotImplementedError(f"{name}: implementation is {implementation!r}, which does not serve this call: {reason}")

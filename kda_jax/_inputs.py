@@ -38,11 +38,12 @@ NOT_DIFFERENTIABLE = "{}: serving operations have no derivative; train with kda.
 class Checker:
     """Checks arrays against named axes; the first array with an axis sets its size.
 
-    Every message names the call, the argument, what it got and what it must be.
+    Every message names the call, the argument, what it got and what it must be. ``words`` says what an axis is called there.
     """
 
-    def __init__(self, call: str):
+    def __init__(self, call: str, words: Mapping[str, str] = AXIS_WORDS):
         self.call = call
+        self.words = words
         self.sizes: dict[str, int] = {}
         self.set_by: dict[str, str] = {}
 
@@ -57,12 +58,12 @@ class Checker:
             raise ValueError(f"{self.call}: {name} has shape {x.shape}, {x.ndim} axes; it must be {form}")
         for axis, size in zip(names, x.shape, strict=True):
             if size < 1:
-                raise ValueError(f"{self.call}: {name} {form} has {AXIS_WORDS[axis]} {axis}=0; it must be at least 1")
+                raise ValueError(f"{self.call}: {name} {form} has {self.words[axis]} {axis}=0; it must be at least 1")
             expected = self.sizes.setdefault(axis, size)
             source = self.set_by.setdefault(axis, name)
             if size != expected:
                 raise ValueError(
-                    f"{self.call}: {name} {form} has shape {x.shape} with {AXIS_WORDS[axis]} {axis}={size}; "
+                    f"{self.call}: {name} {form} has shape {x.shape} with {self.words[axis]} {axis}={size}; "
                     f"{axis} must be {expected}, as in {source}"
                 )
         return jnp.asarray(x)

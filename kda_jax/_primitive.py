@@ -8,7 +8,8 @@ Three kinds of operands, told apart by their first axis:
 
 * rows (``B``, ``N``, ``S``): a vmapped axis folds into that first axis, so a vmapped call is one call over more rows;
 * the state pool (``P``): a vmapped axis folds into the slots, and ``state_indices`` are shifted to match;
-* parameters (``HV``): shared by all rows as long as they are unmapped; once mapped they gain a leading row axis.
+* parameters (any other, as ``HV``): shared by all rows as long as they are unmapped; once mapped they gain a leading
+  axis, of the rows or of groups of rows.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from kda_jax import _dispatch, _target
 
+ROW_AXES = ("B", "N", "S")
+
 
 class Output(NamedTuple):
     """One output: its axes as in the documentation, and its dtype."""
@@ -42,6 +45,8 @@ class Operation:
       axes: the axes of each operand by name, in the order of the operands' NamedTuple; a repeated name is one size.
       outputs: ``(operands, sizes, spec) -> tuple of Output``; it may add sizes that no operand has.
       not_differentiable: what to tell who differentiates it.
+      mapped_axis: the axis that a mapped parameter gains in front. None is the rows' own. Another name is an axis of
+        groups, G of them with N / G consecutive rows each: then a mapped parameter is not repeated for every row.
     """
 
     def __init__(
@@ -51,11 +56,13 @@ class Operation:
         outputs: Callable[[Any, dict[str, int], Any], tuple[Output, ...]],
         *,
         not_differentiable: str,
+        mapped_axis: str | None = None,
     ):
         self.name = name
         self.axes = {operand: tuple(names.split()) for operand, names in axes.items()}
         self._outputs = outputs
         self._not_differentiable = not_differentiable
+        self._mapped_axis = mapped_axis
         p = self.primitive = Primitive(name)
         p.multiple_results = True
         p.def_impl(self._eager)
@@ -81,7 +88,7 @@ class Operation:
 
     def _operand_axes(self, operand: str, ndim: int) -> tuple[str, ...]:
         axes = self.axes[operand]
-        return axes if ndim == len(axes) else (self._row_axis, *axes)  # a parameter that was vmapped
+        return axes if ndim == len(axes) else (self._mapped_axis or self._row_axis, *axes)  # a mapped parameter
 
     @property
     def _row_axis(self) -> str:
@@ -183,8 +190,8 @@ class Operation:
                 return self._fold_slots(x, is_mapped, size, rows, one.state.shape[0] if fold_pool else None)
             if x is None or (first == "P" and not fold_pool):
                 return x
-            if first == "HV" and getattr(one, operand).ndim == len(self.axes[operand]):
-                return jnp.repeat(x, rows, axis=0) if is_mapped else x
+            if first not in ("P", *ROW_AXES) and getattr(one, operand).ndim == len(self.axes[operand]):
+                return jnp.repeat(x, rows, axis=0) if is_mapped and self._mapped_axis is None else x
             return _merge(x if is_mapped else _repeat(x, size))
 
         return type(args)(**{operand: fold(operand, x) for operand, x in args._asdict().items()})
