@@ -1,5 +1,6 @@
 """Kimi Delta Attention (KDA) for JAX: chunkwise training and prefill, jitted decode and speculative (MTP) decode."""
 
+from kda_jax import q8_0 as q8_0
 from kda_jax._chunk import chunk as chunk
 from kda_jax._decode import decode as decode
 from kda_jax._decode_mtp import decode_mtp as decode_mtp
