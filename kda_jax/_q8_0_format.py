@@ -17,6 +17,9 @@ from kda_jax import _inputs
 
 BLOCK = 32
 GGUF_BLOCK_BYTES = 2 + BLOCK
+# Twice the least normal float32. XLA takes subnormal numbers for zero on some platforms and not on others; with scales from
+# here on they are less than half of one, and rounded to zero everywhere.
+LEAST_SCALE = 2.0**-125
 WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
 # What an axis is called in an error message.
 AXIS_WORDS = {
@@ -76,14 +79,13 @@ def blocks(x: jax.Array) -> jax.Array:
 def quantize_blocks(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """[..., BLOCKS, 32] as float32 scales [..., BLOCKS] and int8 values, rounded half away from zero.
 
-    A block whose scale is below the least normal float32, 2^-126, is zero: XLA takes such numbers for zero on some
-    platforms and not on others. NaN and infinity make their block's scale NaN or infinite.
+    A block whose scale is below LEAST_SCALE is zero. NaN and infinity make their block's scale NaN or infinite.
     """
     x = x.astype(jnp.float32)
     amax = jnp.max(jnp.abs(x), axis=-1)
     # XLA would multiply by the reciprocal of a constant, which rounds differently from a division.
     scales = amax / jnp.where(amax == 0, jnp.float32(1), jnp.float32(127))
-    scales = jnp.where(scales < jnp.finfo(jnp.float32).tiny, 0, scales)
+    scales = jnp.where(scales < LEAST_SCALE, 0, scales)
     reciprocals = jnp.where(scales == 0, 0, 1 / scales)
     values = lax.round(x * reciprocals[..., None], lax.RoundingMethod.AWAY_FROM_ZERO)
     return scales, values.astype(jnp.int8)
@@ -94,7 +96,7 @@ def quantize(w: jax.Array) -> Weight:
 
     Args:
       w: ``[OUT, IN]`` float32, bfloat16 or float16; any IN. A block with a number beyond 127 * 65504 gets an infinite
-        scale; one whose numbers are all below 127 * 2^-126 gets values of zero.
+        scale; one whose numbers are all below 127 * 2^-125 gets values of zero.
 
     Returns:
       The :class:`Weight`. Its values are rounded by the float32 scale and the scale then to float16, as in GGUF.

@@ -74,7 +74,7 @@ def test_base_import_pulls_in_jax_and_numpy_alone(tmp_path):
     assert not {"flax", "optax", "orbax", "matplotlib", "tqdm", "hypothesis", "pytest"} & set(loaded)
 
 
-@pytest.mark.parametrize("name", ["oracle", "tolerances"])
+@pytest.mark.parametrize("name", ["oracle", "oracle_q8_0", "tolerances"])
 def test_oracle_and_tolerances_need_numpy_alone(name, tmp_path):
     code = f"import sys, runpy; runpy.run_path({str(ROOT / 'kda_jax' / 'testing' / name)!r} + '.py'); print(*sys.modules)"
     found = _python(code, tmp_path)

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from kda_jax import q8_0
+from kda_jax._q8_0_format import blocks, quantize_blocks
+from kda_jax.testing import oracle_q8_0
 
 from .common import assert_equal
 from .quantised import draw
@@ -58,7 +60,16 @@ def test_the_format_is_ggufs_bit_for_bit(name, jit):
     assert_equal(q8_0.from_gguf(packed), quantised)
 
 
-def test_blocks_that_float32_has_no_normal_scale_for_are_zero():
+@pytest.mark.parametrize("magnitude", [1, 1e-35, 1e-36, 1e37])
+def test_activations_keep_a_float32_scale(magnitude):
+    """Exactly: XLA's product with the reciprocal of 127 would differ from the quotient in the last bit."""
+    x = draw(1000, 96) * np.float32(magnitude)
+    scales, values = jax.jit(lambda x: quantize_blocks(blocks(x)))(x)
+    expected = oracle_q8_0.quantize(x)
+    assert_equal((scales, values), (expected[0], expected[1].astype(np.int8)))
+
+
+def test_blocks_of_next_to_nothing_are_zero():
     """There 1 / scale overflows in GGUF's package too, or the result is multiplied by a scale of zero."""
     quantised = q8_0.quantize(normal(1e-38))
     assert not quantised.values.any()

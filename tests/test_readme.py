@@ -12,11 +12,11 @@ README = pathlib.Path(__file__).parent.parent / "README.md"
 
 def test_python_blocks_run_and_agree_with_the_oracle():
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     names: dict = {}
-    for block in blocks:  # the second asserts that chunk agrees with the oracle
+    for block in blocks:  # the last asserts that chunk agrees with the oracle
         exec(compile(block, str(README), "exec"), names)
-    for name in ("o", "o_next", "o_draft", "state"):
+    for name in ("o", "o_next", "o_draft", "state", "y"):
         assert jnp.isfinite(names[name]).all(), name
 
 

@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-LEAST = np.float32(2.0**-126)
+LEAST_SCALE = np.float32(2.0**-125)
 
 
 def quantize(x: Any) -> tuple[np.ndarray, np.ndarray]:
     """x [N, IN] as float32 scales [N, BLOCKS] and integer values [N, BLOCKS, 32], as float64."""
     x = _blocks(np.asarray(x, np.float32))
     scales = np.abs(x).max(axis=-1) / np.float32(127)
-    scales = np.where(scales < LEAST, np.float32(0), scales)
+    scales = np.where(scales < LEAST_SCALE, np.float32(0), scales)
     scaled = x * (1 / np.where(scales == 0, np.float32(np.inf), scales))[..., None]
     fraction, whole = np.modf(np.abs(scaled))
     return scales, np.sign(scaled) * (whole + (fraction >= 0.5)).astype(np.float64)
