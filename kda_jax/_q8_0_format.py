@@ -126,7 +126,7 @@ def dequantize(w: Weight, dtype: Any = jnp.float32) -> jax.Array:
     scales, values = check_weight(check, "w", w)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"{check.call}: dtype is {jnp.dtype(dtype)}; it must be a floating one")
-    products = blocks(values) * scales.astype(jnp.float32)[..., None]
+    products = blocks(values).astype(jnp.float32) * scales.astype(jnp.float32)[..., None]
     return products.reshape(values.shape[0], -1)[:, : values.shape[1]].astype(dtype)
 
 
