@@ -95,7 +95,7 @@ def quantize(w: jax.Array) -> Weight:
     """A weight in Q8_0, with the bits of GGUF's: scale max |w| / 127 of each block, values rounded half away from zero.
 
     Args:
-      w: ``[OUT, IN]`` float32, bfloat16 or float16; any IN. A block with a number beyond 127 * 65504 gets an infinite
+      w: ``[OUT, IN]`` float32, bfloat16 or float16; any IN. A block with a number from 127 * 65520 on gets an infinite
         scale; one whose numbers are all below 127 * 2^-125 gets values of zero.
 
     Returns:
