@@ -42,6 +42,7 @@ class Needs:
     chunk_size: int | None = None
     equal_head_dims: bool = False  # K == V
     compute_capabilities: tuple[int, ...] | None = None  # exactly those: sm_90a and the like run on no other
+    inputs_multiple: int = 1  # of IN
 
     def unmet_by_call(self, call: Call) -> str | None:
         """Why the call cannot be served on any machine, or None."""
@@ -56,11 +57,13 @@ class Needs:
             return f"T is {tokens}; it must be at most {self.max_tokens}"
         if self.chunk_size not in (None, call.chunk_size):
             return f"chunk_size is {call.chunk_size}; it must be {self.chunk_size}"
+        if call.sizes.get("IN", 0) % self.inputs_multiple:
+            return f"input size IN is {call.sizes['IN']}; it must be a multiple of {self.inputs_multiple}"
         for operand, dtype in call.dtypes.items():
             served = self.state_dtypes if operand.endswith(("state", "states")) else self.dtypes
             if served is not None and not dtype.startswith("int") and dtype not in served:
                 return f"{operand} has dtype {dtype}; it must be one of {served}"
-        if self.head_dims is not None and 0 in call.sizes.values():
+        if self != Needs() and 0 in call.sizes.values():
             return "an axis has size 0"
         return None
 
@@ -106,6 +109,8 @@ _CUTE = Needs(
 )
 _TRITON_CHUNK = dataclasses.replace(_TRITON, chunk_size=64)
 _TRITON_VERIFY, _CUTE_VERIFY = (dataclasses.replace(needs, max_tokens=16) for needs in (_TRITON, _CUTE))
+# Four values are read as one word.
+_TRITON_Q8_0 = Needs("jax_triton", 80, inputs_multiple=4)
 _CHUNK_GPU = "benchmarks/results/chunk-gpu.json"
 _DECODE_GPU = "benchmarks/results/decode-gpu.json"
 _MTP_GPU = "benchmarks/results/mtp-gpu.json"
@@ -138,8 +143,12 @@ TABLE = (
     Row("kda_flush", "triton", _TRITON, "kda_jax.triton.flush:flush", _MTP_GPU),
     Row("kda_flush", "cute", _CUTE, "kda_jax.cute.flush:flush", _CUTE_GPU, default=False),
     Row("kda_flush", "xla", _ANY, "kda_jax.xla.flush:flush", _CPU),
+    # By name until they have run on a GPU.
+    Row("q8_0_matmul", "triton", _TRITON_Q8_0, "kda_jax.triton.q8_0:matmul", _Q8_0_GPU, default=False),
     Row("q8_0_matmul", "xla", _ANY, "kda_jax.xla.q8_0:matmul", _Q8_0_GPU),
+    Row("q8_0_matmul_pair", "triton", _TRITON_Q8_0, "kda_jax.triton.q8_0:matmul_pair", _Q8_0_GPU, default=False),
     Row("q8_0_matmul_pair", "xla", _ANY, "kda_jax.xla.q8_0:matmul_pair", _Q8_0_GPU),
+    Row("q8_0_matmul_hc_expand", "triton", _TRITON_Q8_0, "kda_jax.triton.q8_0:matmul_hc_expand", _Q8_0_GPU, default=False),
     Row("q8_0_matmul_hc_expand", "xla", _ANY, "kda_jax.xla.q8_0:matmul_hc_expand", _Q8_0_GPU),
 )
 

@@ -17,7 +17,7 @@ from triton.runtime import interpreter
 
 GUARD = 64  # elements before and behind every array, which no kernel may write
 POISON = 0xFF  # in every floating dtype a NaN
-NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int32": "i32"}
+NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int32": "i32", "int8": "i8"}
 
 
 class Memory:

@@ -1,0 +1,142 @@
+"""The Triton kernels of kda.q8_0, run on CPU by Triton's interpreter: values, and bits as they are written down."""
+
+import os
+
+import jax
+import numpy as np
+import pytest
+
+from kda_jax._q8_0_operands import MatmulHcExpandOperands, MatmulOperands, MatmulPairOperands, MatmulSpec
+from kda_jax.testing import oracle_q8_0, tolerance
+
+from .common import assert_close, assert_equal
+from .quantised import draw, lanes, weight
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("kernels are compiled in this process; tests/test_q8_0_gpu.py runs them", allow_module_level=True)
+
+from kda_jax.triton import q8_0 as calls
+
+from . import interpreter
+
+OUT, OUT1 = 21, 3  # a tile of rows and a part of one; less than one
+SPEC = MatmulSpec("triton")
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    monkeypatch.setattr(calls, "DP4A", False)
+    with interpreter.installed(monkeypatch, calls):
+        yield
+
+
+def matmul(x, w):
+    return calls.matmul(MatmulOperands(x, w.scales, w.values), SPEC)[0]
+
+
+def matmul_pair(x, w0, w1):
+    return calls.matmul_pair(MatmulPairOperands(x, w0.scales, w0.values, w1.scales, w1.values), SPEC)
+
+
+def matmul_hc_expand(x, w, residual, post, comb, add=None):
+    return calls.matmul_hc_expand(MatmulHcExpandOperands(x, w.scales, w.values, residual, post, comb, add), SPEC)[0]
+
+
+def written_out(x, w):
+    """matmul in NumPy's float32, in the kernels' order."""
+    scales, values = oracle_q8_0.quantize(x)
+    w_values = oracle_q8_0._blocks(np.asarray(w.values, np.float64))
+    sums = np.zeros((len(values), len(w_values), 32), np.float32)
+    for block in range(values.shape[1]):
+        exact = (values[:, block] @ w_values[:, block].T).astype(np.float32)
+        sums[:, :, block % 32] += exact * np.outer(scales[:, block], np.asarray(w.scales, np.float32)[:, block])
+    while sums.shape[-1] > 1:
+        sums = sums[..., ::2] + sums[..., 1::2]
+    return sums[..., 0]
+
+
+def expanded(b, residual, post, comb, add=None):
+    """The hyper-connection in NumPy's float32, in the documented order."""
+    dtype, count = residual.dtype, residual.shape[1]
+    b, residual, post, comb = (a.astype("float32") for a in (b, residual, post, comb))
+    b = b if add is None else b + add.astype("float32")
+    out = b[:, None, :] * post[:, :, None]
+    for src in range(count):
+        out = out + comb[:, src, :, None] * residual[:, src, None, :]
+    return out.astype(dtype)
+
+
+@pytest.mark.parametrize(("n", "inputs"), [(1, 32), (3, 100), (2, 1100), (11, 2052)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_values_and_bits_are_those_of_the_documented_order(n, inputs, dtype):
+    """One block and a part of one, whole chunks and parts; tokens of one tile and of two."""
+    x, w0, w1, some = draw(n, inputs, dtype=dtype), weight(OUT, inputs), weight(OUT1, inputs), lanes(n, out=OUT, dtype=dtype)
+    y0, y1 = matmul_pair(x, w0, w1)
+    out = matmul_hc_expand(x, w0, **some)
+    reference = oracle_q8_0.matmul(x, w0), oracle_q8_0.matmul(x, w1), oracle_q8_0.matmul_hc_expand(x, w0, **some)
+    assert_close((y0, y1, out), reference, tolerance(dtype).output)
+    b0, b1 = written_out(x, w0).astype(dtype), written_out(x, w1).astype(dtype)
+    assert_equal((y0, y1, matmul(x, w0)), (b0, b1, b0))
+    assert_equal(out, expanded(b0, **some))
+
+
+@pytest.mark.parametrize("count", range(1, 9))
+def test_lane_counts_with_and_without_add(count):
+    x, w, some = draw(3, 64), weight(OUT, 64), lanes(3, count, out=OUT)
+    if count % 2:
+        some.pop("add")
+    assert_equal(matmul_hc_expand(x, w, **some), expanded(matmul(x, w), **some))
+
+
+def test_dtypes_of_the_results():
+    x, w, some = draw(2, 96, dtype="float16"), weight(OUT), lanes(2, out=OUT)
+    some["residual"] = some["residual"].astype("bfloat16")
+    assert_equal(matmul_hc_expand(x, w, **some), expanded(matmul(x, w), **some))
+    assert matmul(x, w).dtype == "float16"
+
+
+def test_a_tokens_bits_depend_on_the_token_alone():
+    x, w, some = draw(64, 1100), weight(OUT, 1100), lanes(64, out=OUT)
+    everything = matmul(x, w), matmul_hc_expand(x, w, **some)
+    for rows in ([63], [3, 2, 1], list(range(12))):
+        few = {name: a[rows] for name, a in some.items()}
+        assert_equal((matmul(x[rows], w), matmul_hc_expand(x[rows], w, **few)), tuple(a[rows] for a in everything))
+    x[1:] *= 1e5
+    x[2] = np.nan
+    assert_equal(matmul(x, w)[0], everything[0][0])
+
+
+def test_special_numbers():
+    """As with xla: zero and tiny tokens give zero; what is not finite shows in its row."""
+    x = draw(5, 96)
+    x[0], x[1], x[2, 40], x[3, 50] = 0, 1e-39, np.nan, np.inf
+    y = matmul(x, weight(OUT))
+    assert not y[:2].any()
+    assert np.isnan(y[2:4]).all()
+    assert_equal(y[4:], matmul(x[4:], weight(OUT)))
+
+
+def test_rounding_is_half_away_from_zero():
+    """Numbers at ties and next to them: with 127 in its block a number is its own quotient."""
+    ties = np.arange(0, 127) + np.float32(0.5)
+    some = np.concatenate([ties, np.nextafter(ties, 0), np.nextafter(ties, 200)]).astype(np.float32)
+    x = np.zeros((2 * len(some), 32), np.float32)
+    x[:, 0], x[:, 1] = 127, np.concatenate([some, -some])
+    w = weight(1, 32)
+    assert_equal(matmul(x, w), written_out(x, w))
+
+
+@pytest.mark.parametrize("mapped", [(True, True), (True, False), (False, True)], ids=str)
+def test_groups_of_tokens_with_weights_of_their_own(mapped):
+    """As a vmapped call has them, one weight mapped and the other not too."""
+    x, some = draw(6, 96), lanes(6, out=OUT)
+    own = [weight(OUT, seed=seed) for seed in (0, 1)], [weight(OUT1, seed=seed) for seed in (2, 3)]
+    given = [jax.tree.map(lambda *a: np.stack(a), *two) if is_mapped else two[0] for two, is_mapped in zip(own, mapped, strict=True)]
+    of = lambda weights, is_mapped, group: weights[group * is_mapped]
+    apart = [matmul_pair(x[i : i + 3], *(of(*pair, i // 3) for pair in zip(own, mapped, strict=True))) for i in (0, 3)]
+    assert_equal(matmul_pair(x, *given), tuple(np.concatenate(a) for a in zip(*apart, strict=True)))
+    if mapped[0]:
+        assert_equal(matmul(x, given[0]), np.concatenate([a[0] for a in apart]))
+        fused = matmul_hc_expand(x, given[0], **some)
+        assert_equal(fused, expanded(np.concatenate([a[0] for a in apart]), **some))
