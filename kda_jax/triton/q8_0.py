@@ -8,10 +8,11 @@ import jax
 
 from kda_jax._q8_0_operands import MatmulHcExpandOperands, MatmulOperands, MatmulPairOperands, MatmulSpec
 from kda_jax.kernels.triton import q8_0 as kernels
-from kda_jax.triton.launch import launch, like
+from kda_jax.triton.launch import Tile, launch, like
 
-ROWS, WARPS, STAGES = 16, 8, 4  # of a weight to a program; its warps; the chunks of them in flight
-MAX_TOKENS = 8  # to a program: the tile's sums are held in registers
+# By the tokens to a program. One token leaves instructions to spare, so more programs quantise it; more tokens would spill.
+TILES = {1: Tile(rows=8, warps=4), 2: Tile(rows=16, warps=8), 4: Tile(rows=16, warps=8)}
+STAGES = 4
 DP4A = True
 
 
@@ -54,17 +55,18 @@ def _launch(kernel: Any, inputs: Any, weights: Any, outputs: Any, **constants: A
     """A program for each tile of tokens, of rows of ``weights``, and group of tokens that have a weight of their own."""
     n, size = inputs[0].shape
     groups = max(values.shape[0] if values.ndim == 3 else 1 for values in weights)
-    tokens = min(_power(n // groups), MAX_TOKENS)
-    tiles = sum(-(-values.shape[-2] // ROWS) for values in weights)
+    tokens = min(_power(n // groups), max(TILES))
+    tile = TILES[tokens]
+    tiles = sum(-(-values.shape[-2] // tile.rows) for values in weights)
     return launch(
         kernel,
         (*inputs, -(n // groups)),  # negative, because Triton compiles a kernel anew for a scalar that equals 1
         outputs,
         programs=groups * tiles * -(-(n // groups) // tokens),
-        warps=WARPS,
+        warps=tile.warps,
         IN=size,
         BN=tokens,
-        BO=ROWS,
+        BO=tile.rows,
         STAGES=STAGES,
         DP4A=DP4A,
         **constants,

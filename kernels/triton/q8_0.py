@@ -1,13 +1,13 @@
 """matmul, matmul_pair and matmul_hc_expand: products of few tokens with weights in Q8_0, one launch each.
 
-Bound: memory. Every weight is read once for BN tokens, 8.5 bits against two instructions a token. So a program takes BO rows
-of a weight, few enough for all multiprocessors to have one; a chunk of a row is 1 KiB of consecutive bytes, and chunks are
-requested STAGES ahead. The tokens, small and in L2, are quantised by every program again, chunk by chunk: a block's scale
-needs its own 32 numbers alone, and BO rows share the work. From some 8 tokens on it is the instructions that bound.
+Bound: memory. Every weight is read once for BN tokens, 8.5 bits against one or two instructions a token. So a program takes
+BO rows of a weight, few enough that all multiprocessors have some; a chunk of a row is 1 KiB of consecutive bytes, and
+chunks are requested STAGES ahead. The tokens, small and in L2, are quantised again by every program, chunk by chunk, since a
+block's scale needs its own 32 numbers alone; BO rows share that work. From some tokens on, instructions are what bounds.
 
-Bits: sums within a block are of integers. Block b is added to running sum b % BB of a row, chunk after chunk, and the BB sums
-are added in pairs of neighbours, so that neither BN nor BO nor how threads share a tile is seen in a result. Products and
-sums are rounded as they are written: kernels are compiled without fusing multiplies into adds.
+Bits: sums within a block are of integers. Block b is added to running sum b % BB of a row, chunk after chunk; then the BB
+sums are added in pairs of neighbours. So neither BN nor BO nor how threads share a tile shows in a result. Products and sums
+are rounded as they are written: kernels are compiled without fusing multiplies into adds.
 """
 
 import triton
@@ -17,7 +17,9 @@ BLOCK: tl.constexpr = tl.constexpr(32)
 WORDS: tl.constexpr = tl.constexpr(8)  # of a block: four values in an int32
 BB: tl.constexpr = tl.constexpr(32)  # blocks in a chunk, and running sums
 LEAST_SCALE: tl.constexpr = tl.constexpr(2.0**-125)
-BELOW_HALF: tl.constexpr = tl.constexpr(0.5 - 2.0**-25)  # the float32 before 0.5
+BELOW_HALF: tl.constexpr = tl.constexpr(0x3EFFFFFF)  # the float32 before 0.5
+SIGN: tl.constexpr = tl.constexpr(-(2**31))  # of a word's number
+SIGNS: tl.constexpr = tl.constexpr(0x80808080 - 2**32)  # of its four values
 
 
 @triton.jit
@@ -30,9 +32,11 @@ def quantize(x):
     reciprocals = tl.where(scales == 0, 0.0, tl.div_rn(tl.full(scales.shape, 1.0, tl.float32), scales))
     x *= reciprocals[:, :, None]
     # Ties away from zero: a tie and BELOW_HALF add up to the next integer, rounded; what lies below a tie stays below.
-    values = (x + tl.where(x < 0, -BELOW_HALF, BELOW_HALF)).to(tl.int32)
-    bytes = tl.reshape(values & 0xFF, [x.shape[0], BB, WORDS, 4])
-    return scales, tl.sum(bytes << 8 * tl.arange(0, 4), axis=3)
+    sign = x.to(tl.int32, bitcast=True) & SIGN
+    values = (x + (sign | BELOW_HALF).to(tl.float32, bitcast=True)).to(tl.int32)
+    # A value is a signed byte: with 128 more in each they add up to a word without borrowing from one another.
+    values = tl.reshape(values, [x.shape[0], BB, WORDS, 4])
+    return scales, (tl.sum(values << 8 * tl.arange(0, 4), axis=3) + SIGNS) ^ SIGNS
 
 
 @triton.jit
@@ -62,7 +66,7 @@ def place(tokens_end, OUT: tl.constexpr, BN: tl.constexpr, BO: tl.constexpr):
 @triton.jit
 def product(x, scales, values, weight, tokens, end, tile, IN: tl.constexpr, OUT: tl.constexpr, BO: tl.constexpr,
             STAGES: tl.constexpr, DP4A: tl.constexpr):  # fmt: skip
-    """The tokens [BN] times BO rows of one of the weights: [BN, BO] float32. What lies past an end is read, never written."""
+    """The tokens [BN] times BO rows of one of the weights: [BN, BO] float32. The last token or row stands for those past it."""
     BLOCKS: tl.constexpr = (IN + BLOCK - 1) // BLOCK
     first = (weight * OUT + tile * BO).to(tl.int64)
     rows = tl.minimum(tl.arange(0, BO), OUT - 1 - tile * BO)
@@ -143,7 +147,7 @@ def matmul_hc_expand(x, scales, values, residual, post, comb, add, tokens_end, o
     b_out = b * b_post
     for src in tl.static_range(L):
         b_out += b_comb[src] * b_residual[src]
-    # Clamped rows and lanes repeat the last one, and are not written.
-    tokens, lanes, rows = tokens[:, None, None], tl.arange(0, LANES)[None, :, None], tile * BO + tl.arange(0, BO)[None, None, :]
+    tokens = tokens[:, None, None]
+    lanes, rows = tl.arange(0, LANES)[None, :, None], tile * BO + tl.arange(0, BO)[None, None, :]
     mask = (tokens < end) & (lanes < L) & (rows < OUT)
     tl.store(out + (tokens.to(tl.int64) * L + lanes) * OUT + rows, b_out.to(out.dtype.element_ty), mask=mask)
