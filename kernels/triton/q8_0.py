@@ -66,7 +66,7 @@ def place(tokens_end, OUT: tl.constexpr, BN: tl.constexpr, BO: tl.constexpr):
 @triton.jit
 def product(x, scales, values, weight, tokens, end, tile, IN: tl.constexpr, OUT: tl.constexpr, BO: tl.constexpr,
             STAGES: tl.constexpr, DP4A: tl.constexpr):  # fmt: skip
-    """The tokens [BN] times BO rows of one of the weights: [BN, BO] float32. The last token or row stands for those past it."""
+    """The tokens [BN] times BO rows of one of the weights. The last token and row stand for those past it."""
     BLOCKS: tl.constexpr = (IN + BLOCK - 1) // BLOCK
     first = (weight * OUT + tile * BO).to(tl.int64)
     rows = tl.minimum(tl.arange(0, BO), OUT - 1 - tile * BO)
