@@ -149,7 +149,9 @@ def test_implementations_by_name(name):
     assert_equal(run(name, arrays | {"implementation": "xla"}), run(name, arrays))
     with pytest.raises(ValueError, match=f"^q8_0.{name}: implementation is 'blas'; it must be None or one of 'xla'"):
         run(name, arrays | {"implementation": "blas"})
-    with pytest.raises(NotImplementedError, match=f"^q8_0.{name}: implementation is 'pallas'.* None or one of 'xla'"):
+    with pytest.raises(
+        NotImplementedError, match=f"^q8_0.{name}: implementation is 'pallas'.* None or one of 'triton', 'xla'"
+    ):
         run(name, arrays | {"implementation": "pallas"})
 
 

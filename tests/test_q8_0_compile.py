@@ -1,8 +1,16 @@
 """The Triton kernels of q8_0 compiled for sm_90 without a GPU, by tests/compiled_q8_0.py in a process of its own."""
 
+from functools import partial
+
+import jax
+import jax.export
 import pytest
 
+import kda_jax as kda
+from kda_jax import q8_0
+
 from .common import reported_by
+from .quantised import OUT, draw, lanes, weight
 
 pytest.importorskip("triton")
 pytest.importorskip("jax_triton")
@@ -40,3 +48,20 @@ def test_weights_are_requested_ahead_in_16_bytes(report, call):
 
 def test_one_binary_serves_many_numbers_of_tokens(report):
     assert report["one binary"]
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_they_serve_by_name(name):
+    """Where they serve: elsewhere the name says why not, and None is xla on a GPU too."""
+
+    def run(inputs=96, **options):
+        w = weight(OUT, inputs)
+        others = {"matmul": {}, "matmul_pair": {"w1": w}, "matmul_hc_expand": lanes(3)}[name]
+        return getattr(q8_0, name)(draw(3, inputs), w, **others, **options)
+
+    with pytest.raises(NotImplementedError, match=f"^q8_0.{name}: .* input size IN is 30; it must be a multiple of 4"):
+        run(30, implementation="triton")
+    with kda.cuda_target("7.5"), pytest.raises(NotImplementedError, match=f"^q8_0.{name}: .* 7.5; it must be 8.0 or more"):
+        jax.export.export(jax.jit(partial(run, implementation="triton")), platforms=["cuda"])()
+    with kda.cuda_target("9.0"):
+        assert "custom_call" not in jax.export.export(jax.jit(run), platforms=["cuda"])().mlir_module()

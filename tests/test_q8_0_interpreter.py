@@ -131,12 +131,10 @@ def test_rounding_is_half_away_from_zero():
 def test_groups_of_tokens_with_weights_of_their_own(mapped):
     """As a vmapped call has them, one weight mapped and the other not too."""
     x, some = draw(6, 96), lanes(6, out=OUT)
-    own = [weight(OUT, seed=seed) for seed in (0, 1)], [weight(OUT1, seed=seed) for seed in (2, 3)]
-    given = [jax.tree.map(lambda *a: np.stack(a), *two) if is_mapped else two[0] for two, is_mapped in zip(own, mapped, strict=True)]
-    of = lambda weights, is_mapped, group: weights[group * is_mapped]
-    apart = [matmul_pair(x[i : i + 3], *(of(*pair, i // 3) for pair in zip(own, mapped, strict=True))) for i in (0, 3)]
-    assert_equal(matmul_pair(x, *given), tuple(np.concatenate(a) for a in zip(*apart, strict=True)))
-    if mapped[0]:
-        assert_equal(matmul(x, given[0]), np.concatenate([a[0] for a in apart]))
-        fused = matmul_hc_expand(x, given[0], **some)
-        assert_equal(fused, expanded(np.concatenate([a[0] for a in apart]), **some))
+    own = [[weight(out, seed=seed) for seed in (0, 1)] for out in (OUT, OUT1)]
+    used = [two if is_mapped else two[:1] * 2 for two, is_mapped in zip(own, mapped, strict=True)]
+    given = [jax.tree.map(lambda *a: np.stack(a), *two) if two[0] is not two[1] else two[0] for two in used]
+    apart = [matmul_pair(x[3 * i : 3 * i + 3], used[0][i], used[1][i]) for i in range(2)]
+    y0, y1 = (np.concatenate(a) for a in zip(*apart, strict=True))
+    assert_equal(matmul_pair(x, *given), (y0, y1))
+    assert_equal((matmul(x, given[0]), matmul_hc_expand(x, given[0], **some)), (y0, expanded(y0, **some)))
