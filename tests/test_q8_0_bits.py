@@ -6,14 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
 
 from kda_jax import q8_0
 from kda_jax.testing import oracle_q8_0
 from kda_jax.xla.q8_0 import hc_expand
 
 from .common import assert_equal, xla_on_cpu
-from .quantised import OUT, OUT1, draw, lanes, weight
+from .quantised import OUT, OUT1, check_decoding, draw, lanes, weight
 
 pytestmark = xla_on_cpu
 
@@ -88,31 +87,4 @@ def test_bits_inside_a_larger_program():
 
 
 def test_4096_tokens_decoded_fused_and_unfused_are_the_same_bytes():
-    """Two lanes of a residual stream, fed by the token before; a difference in one bit would be carried on."""
-    down, gate, up, head = weight(64, 32), weight(48, 32, seed=5), weight(32, 64, seed=6), weight(256, 48, seed=7)
-    embedding, post, comb = draw(256, 32), draw(1, 2) ** 2, draw(1, 2, 2, seed=3) / 2
-
-    def fused(x, stream):
-        hidden, gated = q8_0.matmul_pair(x, down, gate)
-        return q8_0.matmul_hc_expand(jnp.tanh(hidden), up, stream, post, comb, add=x), gated
-
-    def unfused(x, stream):
-        hidden, gated = q8_0.matmul(x, down), q8_0.matmul(x, gate)
-        return hc_expand(q8_0.matmul(jnp.tanh(hidden), up), stream, post, comb, x), gated
-
-    def decode(layer, token, stream):
-        def step(carry, key):
-            token, stream = carry
-            x = jnp.take(embedding, token, axis=0) + jnp.tanh(stream[:, 0])
-            stream, gated = layer(x, stream)
-            logits = q8_0.matmul(jnp.tanh(gated), head)
-            token = jax.random.categorical(key, logits)
-            return (token, stream), (token, stream)
-
-        return lax.scan(step, (token, stream), jax.random.split(jax.random.key(0), 4096))[1]
-
-    start = jnp.zeros(1, int), jnp.zeros((1, 2, 32))
-    tokens, streams = jax.jit(partial(decode, fused))(*start)
-    assert_equal(jax.jit(partial(decode, unfused))(*start), (tokens, streams))
-    assert len(np.unique(tokens)) > 100
-    assert jnp.isfinite(streams).all()
+    check_decoding("xla")

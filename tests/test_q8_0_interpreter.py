@@ -10,11 +10,11 @@ from kda_jax._q8_0_operands import MatmulHcExpandOperands, MatmulOperands, Matmu
 from kda_jax.testing import oracle_q8_0, tolerance
 
 from .common import assert_close, assert_equal
-from .quantised import draw, lanes, weight
+from .quantised import draw, expanded, lanes, weight, written_out
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("kernels are compiled in this process; tests/test_q8_0_gpu.py runs them", allow_module_level=True)
+    pytest.skip("kernels are compiled in this process; tests/test_gpu_q8_0.py runs them", allow_module_level=True)
 
 from kda_jax.triton import q8_0 as calls
 
@@ -41,30 +41,6 @@ def matmul_pair(x, w0, w1):
 
 def matmul_hc_expand(x, w, residual, post, comb, add=None):
     return calls.matmul_hc_expand(MatmulHcExpandOperands(x, w.scales, w.values, residual, post, comb, add), SPEC)[0]
-
-
-def written_out(x, w):
-    """matmul in NumPy's float32, in the kernels' order."""
-    scales, values = oracle_q8_0.quantize(x)
-    w_values = oracle_q8_0._blocks(np.asarray(w.values, np.float64))
-    sums = np.zeros((len(values), len(w_values), 32), np.float32)
-    for block in range(values.shape[1]):
-        exact = (values[:, block] @ w_values[:, block].T).astype(np.float32)
-        sums[:, :, block % 32] += exact * np.outer(scales[:, block], np.asarray(w.scales, np.float32)[:, block])
-    while sums.shape[-1] > 1:
-        sums = sums[..., ::2] + sums[..., 1::2]
-    return sums[..., 0]
-
-
-def expanded(b, residual, post, comb, add=None):
-    """The hyper-connection in NumPy's float32, in the documented order."""
-    dtype, count = residual.dtype, residual.shape[1]
-    b, residual, post, comb = (a.astype("float32") for a in (b, residual, post, comb))
-    b = b if add is None else b + add.astype("float32")
-    out = b[:, None, :] * post[:, :, None]
-    for src in range(count):
-        out = out + comb[:, src, :, None] * residual[:, src, None, :]
-    return out.astype(dtype)
 
 
 @pytest.mark.parametrize(("n", "inputs"), [(1, 32), (3, 100), (2, 1100), (11, 2052)])

@@ -1,0 +1,71 @@
+"""The Triton kernels of kda.q8_0 on a GPU: ``pytest -m gpu``. Values, bits and special numbers, as in the interpreter."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kda_jax import q8_0
+from kda_jax.testing import oracle_q8_0, tolerance
+
+from .common import assert_close, assert_equal, on_a_gpu, stack
+from .quantised import check_decoding, draw, expanded, lanes, weight, written_out
+
+pytestmark = on_a_gpu
+
+OUT, OUT1 = 1000, 37  # whole tiles of rows and a part of one
+matmul, matmul_pair, matmul_hc_expand = (
+    jax.jit(partial(getattr(q8_0, name), implementation="triton")) for name in ("matmul", "matmul_pair", "matmul_hc_expand")
+)
+
+
+@pytest.mark.parametrize(("n", "inputs"), [(1, 32), (2, 2048), (3, 100), (64, 1100), (1, 7168)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_values_and_bits_are_those_of_the_documented_order(n, inputs, dtype):
+    x, w0, w1, some = draw(n, inputs, dtype=dtype), weight(OUT, inputs), weight(OUT1, inputs), lanes(n, out=OUT, dtype=dtype)
+    y0, y1 = matmul_pair(x, w0, w1)
+    out = matmul_hc_expand(x, w0, **some)
+    reference = oracle_q8_0.matmul(x, w0), oracle_q8_0.matmul(x, w1), oracle_q8_0.matmul_hc_expand(x, w0, **some)
+    assert_close((y0, y1, out), reference, tolerance(dtype).output)
+    b0, b1 = written_out(x, w0).astype(dtype), written_out(x, w1).astype(dtype)
+    assert_equal((y0, y1, matmul(x, w0), matmul(x, w1)), (b0, b1, b0, b1))
+    assert_equal(out, expanded(b0, **some))
+
+
+@pytest.mark.parametrize("count", range(1, 9))
+def test_lane_counts_without_add(count):
+    x, w, some = draw(5, 96), weight(OUT), lanes(5, count, out=OUT)
+    some.pop("add")
+    assert_equal(matmul_hc_expand(x, w, **some), expanded(np.asarray(matmul(x, w)), **some))
+
+
+def test_a_tokens_bits_depend_on_the_token_alone():
+    x, w, some = draw(64, 2048), weight(OUT, 2048), lanes(64, out=OUT)
+    everything = matmul(x, w), matmul_hc_expand(x, w, **some)
+    for n in (1, 2, 3, 4, 5, 31):
+        few = {name: a[64 - n :] for name, a in some.items()}
+        alone = matmul(x[64 - n :], w), matmul_hc_expand(x[64 - n :], w, **few)
+        assert_equal(alone, tuple(a[64 - n :] for a in everything))
+
+
+def test_special_numbers():
+    x = draw(5, 96)
+    x[0], x[1], x[2, 40], x[3, 50] = 0, 1e-39, np.nan, np.inf
+    y = matmul(x, weight(OUT))
+    assert not y[:2].any()
+    assert jnp.isnan(y[2:4]).all()
+    assert_equal(y[4:], matmul(x[4:], weight(OUT)))
+
+
+@pytest.mark.parametrize("axes", [(0, 0, 0), (0, 0, None), (0, None, 0), (None, 0, None)], ids=str)
+def test_vmap(axes):
+    arrays = [(draw(6, 96, seed=i), weight(OUT, seed=i), weight(OUT1, seed=i)) for i in range(3)]
+    chosen = [[arrays[i if axis == 0 else 0][at] for at, axis in enumerate(axes)] for i in range(3)]
+    given = [stack([one[at] for one in chosen]) if axis == 0 else chosen[0][at] for at, axis in enumerate(axes)]
+    assert_equal(jax.vmap(matmul_pair, in_axes=axes)(*given), stack([matmul_pair(*one) for one in chosen]))
+
+
+def test_4096_tokens_decoded_fused_and_unfused_are_the_same_bytes():
+    check_decoding("triton")
