@@ -13,6 +13,8 @@ import kda_jax as kda
 from kda_jax import q8_0
 from kda_jax._q8_0_format import num_blocks
 
+INSTRUCTIONS = ("dp4a", "cp.async.cg", "fma.", "div.full", "ftz")
+
 
 def weight(inputs, out, *lead):
     return q8_0.Weight(array(*lead, out, num_blocks(inputs), dtype="float16"), array(*lead, out, inputs, dtype="int8"))
@@ -46,11 +48,15 @@ def main():
             found = inspect(function, args, False)
             for kernel in found["kernels"]:
                 ptx = kernel.pop("ptx")
-                kernel |= assemble(ptx) | {text: ptx.count(text) for text in ("dp4a", "fma.rn.f32", "cp.async.cg")}
+                kernel |= assemble(ptx) | {text: ptx.count(text) for text in INSTRUCTIONS}
             report[name] = {"kernels": found["kernels"], "text_copies": found["text_copies"]}
         call = functools.partial(q8_0.matmul, implementation="triton")
         of = [inspect(call, arguments("matmul", n), False)["kernels"][0]["ptx"] for n in (3, 9, 64)]
         report["one binary"] = len(set(of)) == 1
+    for capability in ("8.0", "8.6", "10.0"):  # 8.6 has the least shared memory
+        with kda.cuda_target(capability):
+            found = [inspect(function, args, False)["kernels"] for name, function, args in calls() if name.endswith(" 4")]
+            report[capability] = [kernel["name"] for (kernel,) in found]
     print(json.dumps(report))
 
 

@@ -36,14 +36,20 @@ def test_one_launch_that_spills_nothing(report, call):
 
 @calls
 def test_bits_are_left_alone(report, call):
-    """Nothing is contracted: products and sums are rounded as the kernels write them."""
-    assert report[call]["kernels"][0]["fma.rn.f32"] == 0
-    assert report[call]["kernels"][0]["dp4a"] > 0
+    """Nothing is contracted, divided approximately or flushed to zero; and what the interpreter leaves out is there."""
+    (kernel,) = report[call]["kernels"]
+    assert [kernel[text] for text in ("fma.", "div.full", "ftz")] == [0, 0, 0]
+    assert kernel["dp4a"] > 0
 
 
 @pytest.mark.parametrize("call", [call for call in CALLS if not call.endswith("block")])
 def test_weights_are_requested_ahead_in_16_bytes(report, call):
     assert report[call]["kernels"][0]["cp.async.cg"] > 0
+
+
+@pytest.mark.parametrize("capability", ["8.0", "8.6", "10.0"])
+def test_other_gpus(report, capability):
+    assert report[capability] == [f"kda_{name}" for name in OPERATIONS]
 
 
 def test_one_binary_serves_many_numbers_of_tokens(report):

@@ -95,8 +95,8 @@ def test_special_numbers():
 
 def test_rounding_is_half_away_from_zero():
     """Numbers at ties and next to them: with 127 in its block a number is its own quotient."""
-    ties = np.arange(0, 127) + np.float32(0.5)
-    some = np.concatenate([ties, np.nextafter(ties, 0), np.nextafter(ties, 200)]).astype(np.float32)
+    ties = np.arange(127, dtype=np.float32) + np.float32(0.5)
+    some = np.concatenate([ties, np.nextafter(ties, np.float32(0)), np.nextafter(ties, np.float32(127))])
     x = np.zeros((2 * len(some), 32), np.float32)
     x[:, 0], x[:, 1] = 127, np.concatenate([some, -some])
     w = weight(1, 32)
