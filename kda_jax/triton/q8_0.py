@@ -10,7 +10,8 @@ from kda_jax._q8_0_operands import MatmulHcExpandOperands, MatmulOperands, Matmu
 from kda_jax.kernels.triton import q8_0 as kernels
 from kda_jax.triton.launch import Tile, launch, like
 
-# By the tokens to a program. One token leaves instructions to spare, so more programs quantise it; more tokens would spill.
+# By the tokens to a program. One token leaves instructions to spare, so more programs quantise it; 8 tokens would spill.
+# Not measured.
 TILES = {1: Tile(rows=8, warps=4), 2: Tile(rows=16, warps=8), 4: Tile(rows=16, warps=8)}
 STAGES = 4
 DP4A = True

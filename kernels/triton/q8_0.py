@@ -1,9 +1,9 @@
 """matmul, matmul_pair and matmul_hc_expand: products of few tokens with weights in Q8_0, one launch each.
 
-Bound: memory. Every weight is read once for BN tokens, 8.5 bits against one or two instructions a token. So a program takes
-BO rows of a weight, few enough that all multiprocessors have some; a chunk of a row is 1 KiB of consecutive bytes, and
-chunks are requested STAGES ahead. The tokens, small and in L2, are quantised again by every program, chunk by chunk, since a
-block's scale needs its own 32 numbers alone; BO rows share that work. From some tokens on, instructions are what bounds.
+Bound: memory for one token, 8.5 bits and 3 instructions a weight. So a program takes BO rows of a weight, few, so that most
+multiprocessors have some; a chunk of a row is 1 KiB of consecutive bytes, and chunks are requested ahead, STAGES in flight.
+The tokens, small and in L2, are quantised again by every program, chunk by chunk, since a block's scale needs its own 32
+numbers alone; BO rows and BN tokens share a chunk. Instructions are what bounds more tokens: 2 a weight and token for four.
 
 Bits: sums within a block are of integers. Block b is added to running sum b % BB of a row, chunk after chunk; then the BB
 sums are added in pairs of neighbours. So neither BN nor BO nor how threads share a tile shows in a result. Products and sums
