@@ -11,7 +11,7 @@ KEPT = {BFloat16: 8, TFloat32: 11}  # bits of a number, the leading one included
 
 
 def atom(dtype):
-    """16 bytes of a row at once: 16 of the numbers that are summed over, or 8."""
+    """Sums over 16 numbers of two bytes, or over 8 of TF32."""
     warp = cute.nvgpu.warp
     operation = warp.MmaTF32Op((16, 8, 8)) if dtype is TFloat32 else warp.MmaF16BF16Op(dtype, Float32, (16, 8, 16))
     return cute.make_mma_atom(operation)
