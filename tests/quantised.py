@@ -8,10 +8,10 @@ import numpy as np
 from jax import lax
 
 from kda_jax import q8_0
-from kda_jax.testing import oracle_q8_0
+from kda_jax.testing import oracle_q8_0, tolerance
 from kda_jax.xla.q8_0 import hc_expand
 
-from .common import assert_equal
+from .common import assert_close, assert_equal
 
 OUT, OUT1, LANES = 7, 3, 4
 
@@ -89,3 +89,16 @@ def check_decoding(implementation):
     assert_equal(jax.jit(partial(decode, unfused))(*start), (tokens, streams))
     assert len(np.unique(tokens)) > 100
     assert jnp.isfinite(streams).all()
+
+
+def check_written_order(matmul, matmul_pair, matmul_hc_expand, n, inputs, dtype, outs) -> None:
+    """A kernel's three operations: values near the oracle's, bits of the documented order, the pair's as two products'."""
+    x, w0, w1 = draw(n, inputs, dtype=dtype), weight(outs[0], inputs), weight(outs[1], inputs)
+    some = lanes(n, out=outs[0], dtype=dtype)
+    y0, y1 = matmul_pair(x, w0, w1)
+    out = matmul_hc_expand(x, w0, **some)
+    reference = oracle_q8_0.matmul(x, w0), oracle_q8_0.matmul(x, w1), oracle_q8_0.matmul_hc_expand(x, w0, **some)
+    assert_close((y0, y1, out), reference, tolerance(dtype).output)
+    b0, b1 = written_out(x, w0).astype(dtype), written_out(x, w1).astype(dtype)
+    assert_equal((y0, y1, matmul(x, w0), matmul(x, w1)), (b0, b1, b0, b1))
+    assert_equal(out, expanded(b0, **some))

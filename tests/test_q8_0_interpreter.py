@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 
 from kda_jax._q8_0_operands import MatmulHcExpandOperands, MatmulOperands, MatmulPairOperands, MatmulSpec
-from kda_jax.testing import oracle_q8_0, tolerance
 
-from .common import assert_close, assert_equal
-from .quantised import draw, expanded, lanes, weight, written_out
+from .common import assert_equal
+from .quantised import check_written_order, draw, expanded, lanes, weight, written_out
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -47,14 +46,7 @@ def matmul_hc_expand(x, w, residual, post, comb, add=None):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_values_and_bits_are_those_of_the_documented_order(n, inputs, dtype):
     """One block and a part of one, whole chunks and parts; tokens of one tile and of two."""
-    x, w0, w1, some = draw(n, inputs, dtype=dtype), weight(OUT, inputs), weight(OUT1, inputs), lanes(n, out=OUT, dtype=dtype)
-    y0, y1 = matmul_pair(x, w0, w1)
-    out = matmul_hc_expand(x, w0, **some)
-    reference = oracle_q8_0.matmul(x, w0), oracle_q8_0.matmul(x, w1), oracle_q8_0.matmul_hc_expand(x, w0, **some)
-    assert_close((y0, y1, out), reference, tolerance(dtype).output)
-    b0, b1 = written_out(x, w0).astype(dtype), written_out(x, w1).astype(dtype)
-    assert_equal((y0, y1, matmul(x, w0)), (b0, b1, b0))
-    assert_equal(out, expanded(b0, **some))
+    check_written_order(matmul, matmul_pair, matmul_hc_expand, n, inputs, dtype, (OUT, OUT1))
 
 
 @pytest.mark.parametrize("count", range(1, 9))

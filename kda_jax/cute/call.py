@@ -39,6 +39,11 @@ def call(
     return tuple(made(*operands, module=artifact.module, key=artifact.key))
 
 
+def slots_of(state_indices: Any, rows: int) -> Any:
+    """Without indices row n is slot n: a constant, so that nothing is launched to count."""
+    return np.arange(rows, dtype=np.int32) if state_indices is None else state_indices
+
+
 def token_choices() -> Iterator[dict[str, Any]]:
     """Those that all kernels of tokens have."""
     for dim, state, gate, token in itertools.product(DIMS, STATES, GATES, TOKENS):
@@ -57,7 +62,7 @@ def token_operands(args: PoolOperands | PagedOperands, spec: Spec) -> tuple[dict
     """
     token: list[Any] = [args.q, args.k, args.v, args.g, args.beta]
     dtype = "bfloat16" if all(x.dtype == jnp.bfloat16 for x in token) else "float32"
-    rows, value_heads, k_dim = args.v.shape[0], args.v.shape[-2], args.k.shape[-1]
+    value_heads, k_dim = args.v.shape[-2], args.k.shape[-1]
     A_log = np.zeros((1, value_heads), np.float32) if args.A_log is None else args.A_log
     dt_bias = np.zeros((1, value_heads, k_dim), np.float32) if args.dt_bias is None else args.dt_bias
     options = [
@@ -75,7 +80,7 @@ def token_operands(args: PoolOperands | PagedOperands, spec: Spec) -> tuple[dict
         A_log.astype(np.float32).reshape(-1, value_heads),
         dt_bias.astype(np.float32).reshape(-1, value_heads, k_dim),
         args.state,
-        np.arange(rows, dtype=np.int32) if args.state_indices is None else args.state_indices,
+        slots_of(args.state_indices, args.v.shape[0]),
         np.asarray(options, np.float32),
     ]
     return _choices(k_dim, args.state.dtype.name, spec.gate, dtype), operands

@@ -10,7 +10,7 @@ import numpy as np
 
 from kda_jax._operands import PagedOperands, PoolOperands, Spec
 from kda_jax.cute import decode_mtp
-from kda_jax.cute.call import call, token_choices, token_operands, token_output
+from kda_jax.cute.call import call, slots_of, token_choices, token_operands, token_output
 
 KERNEL = "decode"
 STREAMED = 1024  # (row, value head) pairs from which on they go through a ring; below, each would see but a tile or two
@@ -35,7 +35,7 @@ def decode(args: PoolOperands, spec: Spec) -> tuple[jax.Array, ...]:
 def _as_one_draft(args: PoolOperands, spec: Spec) -> tuple[jax.Array, ...]:
     """A draft of one token whose one page is the slot it starts from: the same bits."""
     rows = args.v.shape[0]
-    slots = np.arange(rows, dtype=np.int32) if args.state_indices is None else args.state_indices
+    slots = slots_of(args.state_indices, rows)
     token = {name: getattr(args, name)[:, None] for name in ("q", "k", "v", "g", "beta")}
     draft = PagedOperands(
         **args._asdict() | token | {"state_indices": slots[:, None], "num_accepted": np.ones(rows, np.int32)}
