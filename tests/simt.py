@@ -212,7 +212,7 @@ class Program:
     here: Program
     thread: int
 
-    def __init__(self, body: Callable[[], None], index: int, grid: int, threads: int):
+    def __init__(self, body: Callable[[], None], index: Sequence[int], grid: Sequence[int], threads: int):
         self.index, self.grid, self.threads = index, grid, threads
         self.shared: list[np.ndarray] = []
         self.allocated = collections.Counter[int]()
@@ -340,8 +340,8 @@ class _Launch:
         self.body = body
 
     def launch(self, *, grid: Sequence[int], block: Sequence[int], **_: Any) -> None:
-        for index in range(grid[0]):
-            Program(self.body, index, grid[0], block[0])
+        for z, y, x in itertools.product(*map(range, reversed(grid))):
+            Program(self.body, (x, y, z), grid, block[0])
 
 
 def _kernel(function: Callable[..., None]) -> Callable[..., _Launch]:
@@ -356,10 +356,11 @@ def _modules() -> dict[str, Any]:
     space = types.SimpleNamespace
     arch = space(
         thread_idx=lambda: (Program.thread, 0, 0),
-        block_idx=lambda: (Program.here.index, 0, 0),
-        grid_dim=lambda: (Program.here.grid, 1, 1),
+        block_idx=lambda: Program.here.index,
+        grid_dim=lambda: Program.here.grid,
         sync_threads=lambda: Program.here.meet("all", Program.here.threads),
         sync_warp=lambda: Program.here.meet(Program.thread // WARP, WARP),
+        make_warp_uniform=lambda x: x,
         shuffle_sync=_shuffle,
         shuffle_sync_bfly=lambda x, offset: _shuffle(x, _lane() ^ offset),
         exp2=_function(np.exp2),
@@ -413,6 +414,7 @@ def _modules() -> dict[str, Any]:
     return {
         "cutlass": cutlass,
         "cutlass.cute": cute,
+        "cutlass._mlir.dialects": space(nvvm=space(cp_async_bulk_prefetch=_nothing)),
         "cutlass.cute.nvgpu": nvgpu,
         "cuda": space(bindings=space(driver=driver)),
         "cuda.bindings": space(driver=driver),

@@ -47,5 +47,5 @@ def halves(values, dtype):
 def add(product, to, lefts, rights):
     """Adds the product of sums of one or two numbers, without that of the two lower ones."""
     for left, right in ((0, 0), (0, 1), (1, 0)):
-        if left < len(lefts):
+        if left < len(lefts) and right < len(rights):
             cute.mma_atom_call(product, to, lefts[left], rights[right], to)

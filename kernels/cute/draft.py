@@ -1,0 +1,160 @@
+"""What verify needs of a draft's tokens alone: what they read from the state, and the [T, T] matrices between them.
+
+A few warps do it, each some of the channels; a lane has a few neighbouring ones. It goes through the tokens once, in order, with
+everything in registers: the decay from the state to a token, and each earlier key with the decay from its token, as running
+products, so that no exponent is positive. The T (T + 2) dots of queries and keys are summed over the warp's lanes many at once.
+Queries and keys are those given: what normalises and scales them is a number a token, and multiplies what comes of them.
+"""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import BFloat16, Float32
+
+from .product import halves
+from .token import (
+    BETA_RANGE,
+    L2NORM,
+    L2NORM_EPS,
+    SCALE,
+    SIGMOID,
+    WARP,
+    by_lane,
+    dot,
+    exp,
+    held,
+    holder,
+    loaded,
+    log_decays,
+    select,
+    sigmoid,
+    sums,
+    write,
+)
+
+
+EIGHT = 8  # tokens of a product
+
+
+def ways_of(K):
+    """Warps that share the channels: two channels to a lane, which make a word of bfloat16."""
+    return K // (2 * WARP)
+
+
+def count(tokens):
+    """Dots among ``tokens`` tokens, an even number."""
+    return tokens * (tokens + 2)
+
+
+# Tokens come in pairs. The dots of a pair: those of its first token's key and query with each earlier key, those of the second
+# token's, then three of the tokens themselves: q q, k k, q k.
+def link_at(t, i):
+    """Where k_t . k_i is; q_t . k_i follows it."""
+    return count(t - t % 2) + t % 2 * 2 * (t - 1) + 2 * i
+
+
+def own_at(t):
+    """Where q_t . q_t is; ``t`` may be a run-time number."""
+    first = t - t % 2
+    return first * (first + 2) + 4 * first + 2 + t % 2 * 3
+
+
+@cute.jit
+def prepare(raw: cute.Tensor, rate, bias, options, tokens, lane, reads: cute.Tensor, dots: cute.Tensor, g_out,
+            live, GATE: cutlass.Constexpr, TOKENS: cutlass.Constexpr):  # fmt: skip
+    """A warp's part: of ``raw`` [T, 3, channels] q, k and g of a lane, writes ``reads`` and sums of ``dots``."""
+    each = raw.shape[2]
+    from_state = cute.make_rmem_tensor(cute.make_layout(each), Float32)
+    keys = cute.make_rmem_tensor(cute.make_layout((TOKENS, each), stride=(each, 1)), Float32)
+    from_state.fill(1.0)
+    for first in cutlass.range_constexpr(0, TOKENS, 2):
+        if first < tokens:
+            links, own = [], []
+            for t in cutlass.range_constexpr(first, first + 2):
+                q, k, g = (held(raw[t, x, None]) for x in range(3))
+                log_decay = log_decays(g, rate, bias, options, GATE)
+                if cutlass.const_expr(g_out is not None):
+                    if t < tokens:
+                        write([select(live, x, Float32(0.0)) for x in log_decay], g_out[t, None])
+                decay = [exp(x) for x in log_decay]
+                write([x * y for x, y in zip(held(from_state), decay, strict=True)], from_state)
+                read = [x * from_state[e] for token in (k, q) for e, x in enumerate(token)]
+                for part, some in enumerate(halves(read, BFloat16)):
+                    cute.autovec_copy(some, reads[part, t // EIGHT, t % EIGHT, None])
+                for i in cutlass.range_constexpr(t):
+                    key = [x * y for x, y in zip(held(keys[i, None]), decay, strict=True)]
+                    write(key, keys[i, None])
+                    links += [dot(k, key), dot(q, key)]
+                write(k, keys[t, None])
+                own += [dot(q, q), dot(k, k), dot(q, k)]
+            store_sums(links + own, lane, dots, count(first))
+
+
+def store_sums(values, lane, dots, first):
+    """Sums over the warp; as many at once as a power of two allows."""
+    while values:
+        at_once = min(WARP, 1 << len(values).bit_length() - 1)
+        some, values = values[:at_once], values[at_once:]
+        store_some(sums(some, lane), lane, dots, first, at_once)
+        first += at_once
+
+
+@cute.jit
+def store_some(value, lane, dots: cute.Tensor, first, at_once: cutlass.Constexpr):
+    each = holder(1, at_once)
+    if lane % each == 0:
+        dots[first + lane // each] = value
+
+
+@cute.jit
+def solve(dots: cute.Tensor, beta, options, tokens, lane, solved: cute.Tensor, factors: cute.Tensor,
+          TOKENS: cutlass.Constexpr):  # fmt: skip
+    """The [T, T] matrices that turn v - S k into u and into what u adds to the outputs, and the tokens' factors of S k and S q.
+
+    u_t = beta_t (x_t - sum_i<t k_t.k_i u_i), x a unit vector in each lane: its column. Zero beyond the tokens.
+    """
+    even = (tokens + 1) // 2 * 2
+    for part in cutlass.range(count(even) // WARP + 1, unroll=1):
+        at = part * WARP + lane
+        if at < count(TOKENS):
+            found = dots[0, at]
+            for way in cutlass.range_constexpr(1, dots.shape[0]):
+                found = found + dots[way, at]
+            dots[0, at] = found
+    cute.arch.sync_warp()
+    if lane < TOKENS:
+        at = own_at(lane)
+        normed = options[L2NORM] != 0.0
+        of_q = select(normed, cute.math.rsqrt(dots[0, at] + options[L2NORM_EPS]), Float32(1.0)) * options[SCALE]
+        of_k = select(normed, cute.math.rsqrt(dots[0, at + 1] + options[L2NORM_EPS]), Float32(1.0))
+        factors[0, lane] = of_k
+        factors[1, lane] = of_q
+        factors[2, lane] = select(options[SIGMOID] != 0.0, options[BETA_RANGE] * sigmoid(beta), beta)
+    cute.arch.sync_warp()
+    if lane < TOKENS:
+        keys = []  # what u has of them, each with its key's factor
+        for t in cutlass.range_constexpr(TOKENS):
+            own, added, key = Float32(0.0), Float32(0.0), Float32(0.0)
+            if t < tokens:
+                of_k, of_q, b_beta = (factors[x, t] for x in range(3))
+                for i in cutlass.range_constexpr(t):
+                    own = own + dots[0, link_at(t, i)] * keys[i]
+                    added = added + dots[0, link_at(t, i) + 1] * keys[i]
+                own = b_beta * (select(lane == t, Float32(1.0), Float32(0.0)) - of_k * own)
+                key = of_k * own
+                added = of_q * (added + dots[0, own_at(t) + 2] * key)
+            keys.append(key)
+            write([own, added], solved[lane // EIGHT, t, lane % 4, lane % EIGHT // 4, None])
+
+
+@cute.jit
+def write_keys(
+    k: cute.Tensor, k_out: cute.Tensor, factors: cute.Tensor, n, h, live, warp, lane, K: cutlass.Constexpr,
+    WARPS: cutlass.Constexpr,
+):  # fmt: skip
+    """The keys as the update has them, with their factors."""
+    tokens = k.shape[1]
+    given, to = (by_lane(x, (k.shape[0], tokens, k.shape[2]), K) for x in (k, k_out))
+    for mine in cutlass.range((tokens - warp + WARPS - 1) // WARPS):
+        t = warp + mine * WARPS
+        key = [select(live, factors[0, t] * x, Float32(0.0)) for x in loaded(given[n, t, h, lane, None])]
+        write(key, to[n, t, h, lane, None])
