@@ -59,10 +59,36 @@ def own_at(t):
 
 
 @cute.jit
-def prepare(raw: cute.Tensor, rate, bias, options, tokens, lane, reads: cute.Tensor, dots: cute.Tensor, g_out,
+def request_tokens(
+    q: cute.Tensor, k: cute.Tensor, g: cute.Tensor, beta: cute.Tensor, A_log: cute.Tensor, dt_bias: cute.Tensor,
+    raw: cute.Tensor, gate: cute.Tensor, betas: cute.Tensor, n, h, hv, way, lane,
+    K: cutlass.Constexpr, TOKENS: cutlass.Constexpr,
+):  # fmt: skip
+    """What a warp wants of a row's tokens, into its lanes' registers: of all, one's beta; in the first warps, the channels."""
+    n_rows, tokens, heads, value_heads, WAYS = q.shape[0], q.shape[1], q.shape[2], g.shape[2], ways_of(K)
+    betas[0] = beta[n, cutlass.min(lane, tokens - 1), hv]
+    if way < WAYS:
+        q_lanes, k_lanes = (by_lane(x, (n_rows, tokens, heads, WAYS), K // WAYS)[n, None, h, way, lane, None] for x in (q, k))
+        g_lanes = by_lane(g, (n_rows, tokens, value_heads, WAYS), K // WAYS)[n, None, hv, way, lane, None]
+        # Gate parameters that all rows share have one row.
+        gate[0] = A_log[cutlass.min(n, A_log.shape[0] - 1), hv]
+        bias = by_lane(dt_bias, (dt_bias.shape[0], value_heads, WAYS), K // WAYS)
+        given = loaded(bias[cutlass.min(n, dt_bias.shape[0] - 1), hv, way, lane, None])
+        for e, x in enumerate(given):
+            gate[1 + e] = x
+        for first in cutlass.range_constexpr(0, TOKENS, 2):
+            if first < tokens:
+                for t in cutlass.range_constexpr(first, first + 2):
+                    for i, x in enumerate((q_lanes, k_lanes, g_lanes)):
+                        cute.autovec_copy(x[cutlass.min(t, tokens - 1), None], raw[t, i, None])
+
+
+@cute.jit
+def prepare(raw: cute.Tensor, gate: cute.Tensor, options, tokens, lane, reads: cute.Tensor, dots: cute.Tensor, g_out,
             live, GATE: cutlass.Constexpr, TOKENS: cutlass.Constexpr):  # fmt: skip
     """A warp's part: of ``raw`` [T, 3, channels] q, k and g of a lane, writes ``reads`` and sums of ``dots``."""
     each = raw.shape[2]
+    rate, *bias = held(gate)
     from_state = cute.make_rmem_tensor(cute.make_layout(each), Float32)
     keys = cute.make_rmem_tensor(cute.make_layout((TOKENS, each), stride=(each, 1)), Float32)
     from_state.fill(1.0)

@@ -4,8 +4,8 @@ Bound: memory, V K numbers of state a (row, value head), as long as what T adds 
 is one product on tensor cores, [k_t exp(G_t) ; q_t exp(G_t)] S^T, [2 T, K] x [K, V]. A program has one value head of a row, a
 warp 16 or 32 rows of its state. It requests them first, into shared memory, a lane what it will want in its registers: a
 product may sum over K in any order, so a lane takes 16 bytes side by side for channels that the instruction has apart, and need
-not wait for what other lanes requested. And it has the state and the tokens of a program to come fetched into the L2 cache, so
-that memory is at work whatever the programs on a multiprocessor are at.
+not wait for what other lanes requested. Where two states fit, a program goes through several heads, and the next one's
+state and tokens are under way while it works on one.
 
 While the state is under way some warps do what has to do with tokens alone (draft.py). So when it is there, two products follow
 each other in a warp, whatever T is: of S k and S q, and of v - S k with the two [T, T] matrices that make u and outputs of it.
@@ -18,9 +18,8 @@ import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, TFloat32
-from cutlass._mlir.dialects import nvvm  # what the DSL has no function for
 
-from .draft import count, prepare, solve, ways_of, write_keys
+from .draft import count, prepare, request_tokens, solve, ways_of, write_keys
 from .product import add, atom, halves, registers, zeros
 from .token import (
     TYPES,
@@ -33,20 +32,20 @@ from .token import (
     slot_of,
     token_inputs,
     wide,
-    within,
     write,
 )
 
 TOKENS = 8, 16  # at most; a kernel for few has fewer registers and less shared memory
 EIGHT = 8  # tokens of a product, and rows of the state
 STEP = 16  # channels that an instruction sums over
-# By the pool's dtype and the tokens at most: eights of the state's rows to a warp, and programs on a multiprocessor.
+# By the pool's dtype and the tokens at most: eights of the state's rows to a warp, programs on a multiprocessor, and states
+# that a program has in shared memory.
 TILES = {("bfloat16", 8): 4, ("bfloat16", 16): 4, ("float32", 8): 2, ("float32", 16): 2}
-AT_ONCE = {("bfloat16", 8): 5, ("bfloat16", 16): 3, ("float32", 8): 2, ("float32", 16): 2}
-AHEAD = 528  # programs from one to that whose state and tokens it has fetched into the L2 cache
+AT_ONCE = {("bfloat16", 8): 3, ("bfloat16", 16): 2, ("float32", 8): 2, ("float32", 16): 2}
+STATES = {("bfloat16", 8): 2, ("bfloat16", 16): 2, ("float32", 8): 1, ("float32", 16): 1}
+MULTIPROCESSORS = 132  # of an H200
 READ = 2 * STEP * EIGHT + 32  # numbers from one step's left factors to the next: so lanes that write meet in no bank
 MISSING = 40  # numbers from a token's v - S k to the next one's, for the same reason
-GRID = 65535  # programs along an axis but the first
 
 
 def operands(K, V, STATE, GATE, TOKEN, UPDATE):
@@ -59,7 +58,8 @@ def operands(K, V, STATE, GATE, TOKEN, UPDATE):
 def shared_bytes(K, V, STATE, GATE, TOKEN, UPDATE):
     most = max(TOKENS)
     matrices = 4 * (ways_of(K) * count(most) + 2 * most * most + 3 * most)
-    return V * K * TYPES[STATE].width // 8 + 2 * (most // EIGHT) * (K // STEP) * READ * 2 + matrices
+    states = STATES[STATE, most] * V * K * TYPES[STATE].width // 8
+    return states + 2 * (most // EIGHT) * (K // STEP) * READ * 2 + matrices
 
 
 @cute.jit
@@ -81,15 +81,17 @@ def launch(
 
 def enqueue(stream, arrays, K, V, STATE, GATE, UPDATE, MOST):
     q, v = arrays[0], arrays[2]
-    rows, value_heads = v.shape[0], v.shape[2]
+    value_heads = v.shape[2]
     group = value_heads // q.shape[2]
     # Of what programs would divide by: hv // group is hv * inverse >> 32, for as many heads as there are.
     inverse = ((Int64(1) << 32) + group - 1) // group
-    ahead = cutlass.max(Int32(1), AHEAD // value_heads)
-    verify(*arrays, group, inverse, ahead, K, V, STATE, GATE, UPDATE, MOST).launch(
-        grid=[value_heads, cutlass.min(rows, Int32(GRID)), (rows + GRID - 1) // GRID],
+    programs, at_once = v.shape[0] * value_heads, AT_ONCE[STATE, MOST] * (128 // V)
+    if STATES[STATE, MOST] > 1:
+        programs = cutlass.min(programs, Int32(at_once * MULTIPROCESSORS))
+    verify(*arrays, group, inverse, K, V, STATE, GATE, UPDATE, MOST).launch(
+        grid=[programs, 1, 1],
         block=[V // (TILES[STATE, MOST] * EIGHT) * WARP, 1, 1],
-        min_blocks_per_mp=AT_ONCE[STATE, MOST] * (128 // V),
+        min_blocks_per_mp=at_once,
         preferred_smem_carveout=100,  # percent; left out, the DSL would ask a device
         stream=stream,
     )
@@ -99,23 +101,19 @@ def enqueue(stream, arrays, K, V, STATE, GATE, UPDATE, MOST):
 def verify(
     q: cute.Tensor, k: cute.Tensor, v: cute.Tensor, g: cute.Tensor, beta: cute.Tensor, A_log: cute.Tensor,
     dt_bias: cute.Tensor, state: cute.Tensor, slots: cute.Tensor, options: cute.Tensor, o: cute.Tensor,
-    u: cute.Tensor, k_out: cute.Tensor, g_out: cute.Tensor, group: Int32, inverse: Int64, ahead: Int32,
+    u: cute.Tensor, k_out: cute.Tensor, g_out: cute.Tensor, group: Int32, inverse: Int64,
     K: cutlass.Constexpr, V: cutlass.Constexpr, STATE: cutlass.Constexpr, GATE: cutlass.Constexpr,
     UPDATE: cutlass.Constexpr, TOKENS: cutlass.Constexpr,
 ):  # fmt: skip
     """For up to TOKENS tokens."""
     thread, _, _ = cute.arch.thread_idx()
-    hv, row, rows_more = cute.arch.block_idx()
+    program, _, _ = cute.arch.block_idx()
+    programs, _, _ = cute.arch.grid_dim()
     lane, warp = thread % WARP, cute.arch.make_warp_uniform(thread // WARP)
     line, column = lane // 4, lane % 4  # of a product's fragments
-    S = TILES[STATE, TOKENS]
+    S, BUFFERS = TILES[STATE, TOKENS], STATES[STATE, TOKENS]
     WARPS, EIGHTS, WAYS = V // (S * EIGHT), TOKENS // EIGHT, ways_of(K)
     n_rows, tokens, value_heads, heads, pool = v.shape[0], v.shape[1], v.shape[2], q.shape[2], state.shape[0]
-    n = cutlass.min(rows_more * GRID + row, n_rows - 1)  # programs too many do the last row again
-    h = Int32(Int64(hv) * inverse >> 32)
-    slot, live = slot_of(slots, pool, n)
-    # Programs of a multiprocessor have their tokens done by different warps, so that its four schedulers share the work.
-    role = (warp + hv + row) % WARPS
 
     # The state: of four neighbouring lanes each has SIDE numbers side by side, which belong to STEPS of the product. Rows are
     # dealt out so that of the sums a lane has those of 2 S rows side by side.
@@ -126,8 +124,8 @@ def verify(
     strides = wide(value_heads, V * K), V * K, S * EIGHT * K, 2 * S * K, 2 * K, K, 4 * SIDE, SIDE, 1
     fragments = cute.make_tensor(state.iterator, cute.make_layout(shape, stride=strides))
     memory = cutlass.utils.SmemAllocator()
-    shape = WARPS, S, LOADS, WARP, SIDE
-    strides = S * LOADS * WARP * SIDE, LOADS * WARP * SIDE, WARP * SIDE, SIDE, 1
+    shape = BUFFERS, WARPS, S, LOADS, WARP, SIDE
+    strides = V * K, S * LOADS * WARP * SIDE, LOADS * WARP * SIDE, WARP * SIDE, SIDE, 1
     rows = memory.allocate_tensor(TYPES[STATE], cute.make_layout(shape, stride=strides), 128)
     load = cute.make_copy_atom(
         cute.nvgpu.cpasync.CopyG2SOp(cute.nvgpu.LoadCacheMode.GLOBAL), TYPES[STATE], num_bits_per_copy=128
@@ -145,134 +143,155 @@ def verify(
     # The [T, T] matrices, as left factors too: eights of columns, rows, a lane's two columns, and what makes u and outputs.
     shape = EIGHTS, TOKENS, 4, 2, 2
     solved = memory.allocate_tensor(Float32, cute.make_layout(shape, stride=(16 * TOKENS, 16, 4, 2, 1)), 16)
+    shape = EIGHTS, EIGHTS, WARP, 4
+    solved_fragments = cute.make_tensor(solved.iterator, cute.make_layout(shape, stride=(16 * TOKENS, 128, 4, 1)))
     of_tokens = memory.allocate_tensor(Float32, cute.make_layout((3, TOKENS), stride=(TOKENS, 1)), 16)
 
-    rate = A_log[cutlass.min(n, A_log.shape[0] - 1), hv]
-    b_beta = beta[n, cutlass.min(lane, tokens - 1), hv].to(Float32)
-    chosen = numbers_of(options)
-    each = K // WARP // WAYS
-    raw = cute.make_rmem_tensor(cute.make_layout((TOKENS, 3, each), stride=(3 * each, each, 1)), q.element_type)
-    bias = cute.make_rmem_tensor(cute.make_layout(each), Float32)
-    # Tokens are requested before the state, since that has to wait for the slot.
-    if role < WAYS:
-        q_lanes, k_lanes = (by_lane(x, (n_rows, tokens, heads, WAYS), K // WAYS)[n, None, h, role, lane, None] for x in (q, k))
-        g_lanes = by_lane(g, (n_rows, tokens, value_heads, WAYS), K // WAYS)[n, None, hv, role, lane, None]
-        bias_lanes = by_lane(dt_bias, (dt_bias.shape[0], value_heads, WAYS), K // WAYS)
-        cute.autovec_copy(bias_lanes[cutlass.min(n, dt_bias.shape[0] - 1), hv, role, lane, None], bias)
-        for first in cutlass.range_constexpr(0, TOKENS, 2):
-            if first < tokens:
-                for t in cutlass.range_constexpr(first, first + 2):
-                    for i, x in enumerate((q_lanes, k_lanes, g_lanes)):
-                        cute.autovec_copy(x[cutlass.min(t, tokens - 1), None], raw[t, i, None])
     # A lane has one of every eight tokens' v, u and o.
     shape = n_rows, tokens, value_heads, WARPS, 4, 2 * S
     strides = tokens * value_heads * V, value_heads * V, V, S * EIGHT, 2 * S, 1
     v_rows, o_rows, u_rows = (cute.make_tensor(x.iterator, cute.make_layout(shape, stride=strides)) for x in (v, o, u))
     values = cute.make_rmem_tensor(cute.make_layout((EIGHTS, 2 * S), stride=(2 * S, 1)), v.element_type)
-    for eight in cutlass.range_constexpr(EIGHTS):
-        t = cutlass.min(eight * EIGHT + line, tokens - 1)
-        cute.autovec_copy(v_rows[n, t, hv, warp, column, None], values[eight, None])
-    cute.arch.sync_warp()  # or the assembler would turn the order around
-    for x in cutlass.range_constexpr(LOADS):
-        for s in cutlass.range_constexpr(S):
-            source = fragments[slot, hv, warp, line // 2, s, line % 2, x, column, None]
-            cute.copy(load, source, rows[warp, s, x, lane, None])
-    cute.arch.cp_async_commit_group()
-    if role == WARPS - 1:
-        if n + ahead < n_rows:
-            fetch(state, slots, (q, k), (v, g), n + ahead, h, hv, lane, V * K)
-
-    if role < WAYS:
-        # Where the lane's two channels are among the fragments.
-        word = role * WARP + lane
-        step, place = word // (2 * SIDE) * STEPS + word % (SIDE // 2) // 2, word % (2 * SIDE) // (SIDE // 2)
-        to = reads_words[None, None, step, None, place, word % 2, None]
-        g_out_lanes = None
-        if cutlass.const_expr(UPDATE):
-            g_out_lanes = by_lane(g_out, (n_rows, tokens, value_heads, WAYS), K // WAYS)[n, None, hv, role, lane, None]
-        prepare(raw, rate, held(bias), chosen, tokens, lane, to, dots[role, None], g_out_lanes, live, GATE, TOKENS)
-    cute.arch.sync_threads()
-
-    if role == WARPS - 1:
-        solve(dots, b_beta, chosen, tokens, lane, solved, of_tokens, TOKENS)
-
-    # S k and S q, of eight tokens each.
-    product = atom(BFloat16)
-    found = [[zeros(4) for _ in range(S)] for _ in range(EIGHTS)]
-    cute.arch.cp_async_wait_group(0)  # a thread waits for no other's
-    for x in cutlass.range_constexpr(LOADS):
-        rights = [factors(rows[warp, s, x, lane, None], STEPS, STATE) for s in range(S)]
-        for step in cutlass.range_constexpr(STEPS):
-            for eight in cutlass.range_constexpr(EIGHTS):
-                lefts = []
-                for part in cutlass.range_constexpr(2):
-                    left = cute.make_rmem_tensor(cute.make_layout(8), BFloat16)
-                    cute.autovec_copy(reads_fragments[part, eight, x * STEPS + step, lane, None], left)
-                    lefts.append(left)
-                for s in cutlass.range_constexpr(S):
-                    add(product, found[eight][s], lefts, rights[s][step])
-    cute.arch.sync_threads()
-
-    if cutlass.const_expr(UPDATE):
-        if hv == h * group:
-            write_keys(k, k_out, of_tokens, n, h, live, warp, lane, K, WARPS)
     # v - S k, from lanes of a token to lanes of a row; where a warp's part of the state was.
-    shape = WARPS, EIGHTS, EIGHT, EIGHT, S
-    strides = S * LOADS * WARP * 4, EIGHT * MISSING, MISSING, S, 1  # a warp's part: so many times 16 bytes
+    shape = BUFFERS, WARPS, EIGHTS, EIGHT, EIGHT, S
+    strides = V * K * TYPES[STATE].width // 32, S * LOADS * WARP * 4, EIGHT * MISSING, MISSING, S, 1
     missing = cute.make_tensor(cute.recast_ptr(rows.iterator, dtype=Float32), cute.make_layout(shape, stride=strides))
-    for eight in cutlass.range_constexpr(EIGHTS):
-        t = eight * EIGHT + line
-        of_k, of_q = (of_tokens[i, t] for i in range(2))
-        known = t < tokens
-        own = [
-            select(known, values[eight, 2 * s + e].to(Float32) - of_k * found[eight][s][e], Float32(0.0))
-            for e in range(2)
-            for s in range(S)
-        ]
-        for e in cutlass.range_constexpr(2):
-            write(own[e * S : (e + 1) * S], missing[warp, eight, line, 2 * column + e, None])
-        for s in cutlass.range_constexpr(S):
-            for e in cutlass.range_constexpr(2):
-                found[eight][s][e] = Float32(0.0)
-                found[eight][s][2 + e] = of_q * found[eight][s][2 + e]
-    cute.arch.sync_warp()
+    each = K // WARP // WAYS
+    raw = cute.make_rmem_tensor(cute.make_layout((TOKENS, 3, each), stride=(3 * each, each, 1)), q.element_type)
+    gate = cute.make_rmem_tensor(cute.make_layout(1 + each), Float32)  # A_log, dt_bias
+    betas = cute.make_rmem_tensor(cute.make_layout(1), beta.element_type)
+    chosen = numbers_of(options)
 
-    # From v - S k to u and o.
-    product = atom(TFloat32)
-    rights = []
-    for eight in cutlass.range_constexpr(EIGHTS):
-        pair = [loaded(missing[warp, eight, column + 4 * half, line, None]) for half in range(2)]
-        rights.append([halves([pair[0][s], pair[1][s]], TFloat32) for s in range(S)])
-    for eight in cutlass.range_constexpr(EIGHTS):
-        for earlier in cutlass.range_constexpr(eight + 1):
-            # A lane's row of both matrices, two columns.
-            some = cute.make_tensor(solved.iterator, cute.make_layout((EIGHTS, EIGHTS, WARP, 4), stride=(16 * TOKENS, 128, 4, 1)))
-            left = halves(loaded(some[earlier, eight, lane, None]), TFloat32)
-            for s in cutlass.range_constexpr(S):
-                add(product, found[eight][s], left, rights[earlier][s])
-        t = eight * EIGHT + line
-        if t < tokens:
-            own = [select(live, found[eight][s][2 + e], Float32(0.0)) for s in range(S) for e in range(2)]
-            write(own, o_rows[n, t, hv, warp, column, None])
+    n, hv = program // value_heads, program % value_heads
+    h = Int32(Int64(hv) * inverse >> 32)
+    slot, live = slot_of(slots, pool, n)
+    # Programs of a multiprocessor have their tokens done by different warps, so that its four schedulers share the work.
+    role = (warp + program // MULTIPROCESSORS) % WARPS
+    # Tokens are requested before the state, since that has to wait for the slot.
+    request_tokens(q, k, g, beta, A_log, dt_bias, raw, gate, betas, n, h, hv, role, lane, K, TOKENS)
+    request_values(v_rows, values, n, hv, warp, line, column)
+    cute.arch.sync_warp()  # or the assembler would turn the order around
+    request_state(load, fragments, rows, Int32(0), slot, hv, warp, lane)
+    cute.arch.cp_async_commit_group()
+    step_n, step_hv, buffer = programs // value_heads, programs % value_heads, Int32(0)
+    next_n, next_hv = after(n, hv, step_n, step_hv, value_heads)
+    next_slot, next_live = slot_of(slots, pool, cutlass.min(next_n, n_rows - 1))
+
+    for head in cutlass.range(program, n_rows * value_heads, programs):
+        h = Int32(Int64(hv) * inverse >> 32)
+        next_h = Int32(Int64(next_hv) * inverse >> 32)
+        more = head + programs < n_rows * value_heads
+        later_n, later_hv, later_slot, later_live = next_n, next_hv, next_slot, next_live
+        if cutlass.const_expr(BUFFERS > 1):
+            if more:
+                request_state(load, fragments, rows, 1 - buffer, next_slot, next_hv, warp, lane)
+            cute.arch.cp_async_commit_group()
+            later_n, later_hv = after(next_n, next_hv, step_n, step_hv, value_heads)
+            later_slot, later_live = slot_of(slots, pool, cutlass.min(later_n, n_rows - 1))
+
+        if role < WAYS:
+            # Where the lane's two channels are among the fragments.
+            word = role * WARP + lane
+            step, place = word // (2 * SIDE) * STEPS + word % (SIDE // 2) // 2, word % (2 * SIDE) // (SIDE // 2)
+            to = reads_words[None, None, step, None, place, word % 2, None]
+            g_out_lanes = None
             if cutlass.const_expr(UPDATE):
-                own = [select(live, found[eight][s][e], Float32(0.0)) for s in range(S) for e in range(2)]
-                write(own, u_rows[n, t, hv, warp, column, None])
+                lanes = by_lane(g_out, (n_rows, tokens, value_heads, WAYS), K // WAYS)
+                g_out_lanes = lanes[n, None, hv, role, lane, None]
+            prepare(raw, gate, chosen, tokens, lane, to, dots[role, None], g_out_lanes, live, GATE, TOKENS)
+        cute.arch.sync_threads()
+
+        if role == WARPS - 1:
+            solve(dots, betas[0].to(Float32), chosen, tokens, lane, solved, of_tokens, TOKENS)
+        if cutlass.const_expr(BUFFERS > 1):
+            if more:
+                request_tokens(
+                    q, k, g, beta, A_log, dt_bias, raw, gate, betas, next_n, next_h, next_hv, role, lane, K, TOKENS
+                )
+
+        # S k and S q, of eight tokens each.
+        product = atom(BFloat16)
+        found = [[zeros(4) for _ in range(S)] for _ in range(EIGHTS)]
+        cute.arch.cp_async_wait_group(BUFFERS - 1)  # a thread waits for no other's
+        for x in cutlass.range_constexpr(LOADS):
+            rights = [factors(rows[buffer, warp, s, x, lane, None], STEPS, STATE) for s in range(S)]
+            for step in cutlass.range_constexpr(STEPS):
+                for eight in cutlass.range_constexpr(EIGHTS):
+                    lefts = []
+                    for part in cutlass.range_constexpr(2):
+                        left = cute.make_rmem_tensor(cute.make_layout(8), BFloat16)
+                        cute.autovec_copy(reads_fragments[part, eight, x * STEPS + step, lane, None], left)
+                        lefts.append(left)
+                    for s in cutlass.range_constexpr(S):
+                        add(product, found[eight][s], lefts, rights[s][step])
+        cute.arch.sync_threads()
+
+        if cutlass.const_expr(UPDATE):
+            if hv == h * group:
+                write_keys(k, k_out, of_tokens, n, h, live, warp, lane, K, WARPS)
+        for eight in cutlass.range_constexpr(EIGHTS):
+            t = eight * EIGHT + line
+            of_k, of_q = (of_tokens[i, t] for i in range(2))
+            own = [
+                select(t < tokens, values[eight, 2 * s + e].to(Float32) - of_k * found[eight][s][e], Float32(0.0))
+                for e in range(2)
+                for s in range(S)
+            ]
+            for e in cutlass.range_constexpr(2):
+                write(own[e * S : (e + 1) * S], missing[buffer, warp, eight, line, 2 * column + e, None])
+            for s in cutlass.range_constexpr(S):
+                for e in cutlass.range_constexpr(2):
+                    found[eight][s][e] = Float32(0.0)
+                    found[eight][s][2 + e] = of_q * found[eight][s][2 + e]
+        cute.arch.sync_warp()
+        if cutlass.const_expr(BUFFERS > 1):
+            if more:
+                request_values(v_rows, values, next_n, next_hv, warp, line, column)
+
+        # From v - S k to u and o.
+        product = atom(TFloat32)
+        rights = []
+        for eight in cutlass.range_constexpr(EIGHTS):
+            pair = [loaded(missing[buffer, warp, eight, column + 4 * half, line, None]) for half in range(2)]
+            rights.append([halves([pair[0][s], pair[1][s]], TFloat32) for s in range(S)])
+        for eight in cutlass.range_constexpr(EIGHTS):
+            for earlier in cutlass.range_constexpr(eight + 1):
+                left = halves(loaded(solved_fragments[earlier, eight, lane, None]), TFloat32)
+                for s in cutlass.range_constexpr(S):
+                    add(product, found[eight][s], left, rights[earlier][s])
+            t = eight * EIGHT + line
+            if t < tokens:
+                own = [select(live, found[eight][s][2 + e], Float32(0.0)) for s in range(S) for e in range(2)]
+                write(own, o_rows[n, t, hv, warp, column, None])
+                if cutlass.const_expr(UPDATE):
+                    own = [select(live, found[eight][s][e], Float32(0.0)) for s in range(S) for e in range(2)]
+                    write(own, u_rows[n, t, hv, warp, column, None])
+        cute.arch.sync_warp()  # what this warp read is written over by what it requests next
+        n, hv, live, buffer = next_n, next_hv, next_live, 1 - buffer
+        next_n, next_hv, next_slot, next_live = later_n, later_hv, later_slot, later_live
 
 
-@cute.jit
-def fetch(state: cute.Tensor, slots: cute.Tensor, of_head, of_value_head, n, h, hv, lane, size: cutlass.Constexpr):
-    """Has a row's state and tokens fetched into the L2 cache."""
-    tokens = of_head[0].shape[1]
-    slot, live = within(state.shape[0], slots[n])
-    if live & (lane == 0):
-        strides = wide(state.shape[1], size), size, 1
-        whole = cute.make_tensor(state.iterator, cute.make_layout((state.shape[0], state.shape[1], size), stride=strides))
-        nvvm.cp_async_bulk_prefetch(whole[slot, hv, None].iterator.llvm_ptr, Int32(size * state.element_type.width // 8).ir_value())
-    t = lane // 2
-    if t < tokens:
-        for x, head in [*((x, h) for x in of_head), *((x, hv) for x in of_value_head)]:
-            line = cute.size(x, mode=[3]) // 2  # half of a token's row: 128 bytes of bfloat16
-            cute.arch.prefetch((x[n, t, head, None].iterator + lane % 2 * line).llvm_ptr, cache_level="L2")
+def after(n, hv, step_n, step_hv, value_heads):
+    """The row and value head that a program takes after these."""
+    hv = hv + step_hv
+    more = Int32(hv >= value_heads)
+    return n + step_n + more, hv - more * value_heads
+
+
+def request_values(v_rows, values, n, hv, warp, line, column):
+    eights, _ = values.shape
+    for eight in range(eights):
+        t = cutlass.min(eight * EIGHT + line, v_rows.shape[1] - 1)
+        cute.autovec_copy(v_rows[n, t, hv, warp, column, None], values[eight, None])
+
+
+def request_state(load, fragments, rows, buffer, slot, hv, warp, lane):
+    line, column = lane // 4, lane % 4
+    _, _, S, LOADS, _, _ = rows.shape
+    for x in range(LOADS):
+        for s in range(S):
+            source = fragments[slot, hv, warp, line // 2, s, line % 2, x, column, None]
+            cute.copy(load, source, rows[buffer, warp, s, x, lane, None])
 
 
 def factors(mine, STEPS, STATE):
