@@ -62,11 +62,12 @@ def own_at(t):
 def request_tokens(
     q: cute.Tensor, k: cute.Tensor, g: cute.Tensor, beta: cute.Tensor, A_log: cute.Tensor, dt_bias: cute.Tensor,
     raw: cute.Tensor, gate: cute.Tensor, betas: cute.Tensor, n, h, hv, way, lane,
-    K: cutlass.Constexpr, TOKENS: cutlass.Constexpr,
+    K: cutlass.Constexpr, WARPS: cutlass.Constexpr, TOKENS: cutlass.Constexpr,
 ):  # fmt: skip
-    """What a warp wants of a row's tokens, into its lanes' registers: of all, one's beta; in the first warps, the channels."""
+    """What a warp wants of a row's tokens, into its lanes' registers: in the first ways their channels, in the last betas."""
     n_rows, tokens, heads, value_heads, WAYS = q.shape[0], q.shape[1], q.shape[2], g.shape[2], ways_of(K)
-    betas[0] = beta[n, cutlass.min(lane, tokens - 1), hv]
+    if way == WARPS - 1:
+        betas[0] = beta[n, cutlass.min(lane, tokens - 1), hv]
     if way < WAYS:
         q_lanes, k_lanes = (by_lane(x, (n_rows, tokens, heads, WAYS), K // WAYS)[n, None, h, way, lane, None] for x in (q, k))
         g_lanes = by_lane(g, (n_rows, tokens, value_heads, WAYS), K // WAYS)[n, None, hv, way, lane, None]

@@ -4,8 +4,8 @@ Bound: memory, V K numbers of state a (row, value head), as long as what T adds 
 is one product on tensor cores, [k_t exp(G_t) ; q_t exp(G_t)] S^T, [2 T, K] x [K, V]. A program has one value head of a row, a
 warp 16 or 32 rows of its state. It requests them first, into shared memory, a lane what it will want in its registers: a
 product may sum over K in any order, so a lane takes 16 bytes side by side for channels that the instruction has apart, and need
-not wait for what other lanes requested. Where two states fit, a program goes through several heads, and the next one's
-state and tokens are under way while it works on one.
+not wait for what other lanes requested. It goes through several heads: while it is at one's tokens and outputs, the next
+one's tokens and state are under way.
 
 While the state is under way some warps do what has to do with tokens alone (draft.py). So when it is there, two products follow
 each other in a warp, whatever T is: of S k and S q, and of v - S k with the two [T, T] matrices that make u and outputs of it.
@@ -32,20 +32,18 @@ from .token import (
     slot_of,
     token_inputs,
     wide,
+    within,
     write,
 )
 
 TOKENS = 8, 16  # at most; a kernel for few has fewer registers and less shared memory
 EIGHT = 8  # tokens of a product, and rows of the state
 STEP = 16  # channels that an instruction sums over
-# By the pool's dtype and the tokens at most: eights of the state's rows to a warp, programs on a multiprocessor, and states
-# that a program has in shared memory.
-TILES = {("bfloat16", 8): 4, ("bfloat16", 16): 4, ("float32", 8): 2, ("float32", 16): 2}
-AT_ONCE = {("bfloat16", 8): 3, ("bfloat16", 16): 2, ("float32", 8): 2, ("float32", 16): 2}
-STATES = {("bfloat16", 8): 2, ("bfloat16", 16): 2, ("float32", 8): 1, ("float32", 16): 1}
+# By the pool's dtype and the tokens at most: eights of the state's rows to a warp, and programs on a multiprocessor.
+TILES = {("bfloat16", 8): 4, ("bfloat16", 16): 4, ("float32", 8): 2, ("float32", 16): 4}
+AT_ONCE = {("bfloat16", 8): 4, ("bfloat16", 16): 2, ("float32", 8): 2, ("float32", 16): 2}
 MULTIPROCESSORS = 132  # of an H200
 READ = 2 * STEP * EIGHT + 32  # numbers from one step's left factors to the next: so lanes that write meet in no bank
-MISSING = 40  # numbers from a token's v - S k to the next one's, for the same reason
 
 
 def operands(K, V, STATE, GATE, TOKEN, UPDATE):
@@ -57,9 +55,8 @@ def operands(K, V, STATE, GATE, TOKEN, UPDATE):
 
 def shared_bytes(K, V, STATE, GATE, TOKEN, UPDATE):
     most = max(TOKENS)
-    matrices = 4 * (ways_of(K) * count(most) + 2 * most * most + 3 * most)
-    states = STATES[STATE, most] * V * K * TYPES[STATE].width // 8
-    return states + 2 * (most // EIGHT) * (K // STEP) * READ * 2 + matrices
+    matrices = 4 * (ways_of(K) * count(most) + 2 * most * most + 3 * most + most * (V + EIGHT * V // (TILES[STATE, most] * EIGHT)))
+    return V * K * TYPES[STATE].width // 8 + 2 * (most // EIGHT) * (K // STEP) * READ * 2 + matrices
 
 
 @cute.jit
@@ -85,11 +82,9 @@ def enqueue(stream, arrays, K, V, STATE, GATE, UPDATE, MOST):
     group = value_heads // q.shape[2]
     # Of what programs would divide by: hv // group is hv * inverse >> 32, for as many heads as there are.
     inverse = ((Int64(1) << 32) + group - 1) // group
-    programs, at_once = v.shape[0] * value_heads, AT_ONCE[STATE, MOST] * (128 // V)
-    if STATES[STATE, MOST] > 1:
-        programs = cutlass.min(programs, Int32(at_once * MULTIPROCESSORS))
+    at_once = AT_ONCE[STATE, MOST] * (128 // V)
     verify(*arrays, group, inverse, K, V, STATE, GATE, UPDATE, MOST).launch(
-        grid=[programs, 1, 1],
+        grid=[cutlass.min(v.shape[0] * value_heads, Int32(at_once * MULTIPROCESSORS)), 1, 1],
         block=[V // (TILES[STATE, MOST] * EIGHT) * WARP, 1, 1],
         min_blocks_per_mp=at_once,
         preferred_smem_carveout=100,  # percent; left out, the DSL would ask a device
@@ -111,7 +106,7 @@ def verify(
     programs, _, _ = cute.arch.grid_dim()
     lane, warp = thread % WARP, cute.arch.make_warp_uniform(thread // WARP)
     line, column = lane // 4, lane % 4  # of a product's fragments
-    S, BUFFERS = TILES[STATE, TOKENS], STATES[STATE, TOKENS]
+    S = TILES[STATE, TOKENS]
     WARPS, EIGHTS, WAYS = V // (S * EIGHT), TOKENS // EIGHT, ways_of(K)
     n_rows, tokens, value_heads, heads, pool = v.shape[0], v.shape[1], v.shape[2], q.shape[2], state.shape[0]
 
@@ -124,8 +119,8 @@ def verify(
     strides = wide(value_heads, V * K), V * K, S * EIGHT * K, 2 * S * K, 2 * K, K, 4 * SIDE, SIDE, 1
     fragments = cute.make_tensor(state.iterator, cute.make_layout(shape, stride=strides))
     memory = cutlass.utils.SmemAllocator()
-    shape = BUFFERS, WARPS, S, LOADS, WARP, SIDE
-    strides = V * K, S * LOADS * WARP * SIDE, LOADS * WARP * SIDE, WARP * SIDE, SIDE, 1
+    shape = WARPS, S, LOADS, WARP, SIDE
+    strides = S * LOADS * WARP * SIDE, LOADS * WARP * SIDE, WARP * SIDE, SIDE, 1
     rows = memory.allocate_tensor(TYPES[STATE], cute.make_layout(shape, stride=strides), 128)
     load = cute.make_copy_atom(
         cute.nvgpu.cpasync.CopyG2SOp(cute.nvgpu.LoadCacheMode.GLOBAL), TYPES[STATE], num_bits_per_copy=128
@@ -152,10 +147,10 @@ def verify(
     strides = tokens * value_heads * V, value_heads * V, V, S * EIGHT, 2 * S, 1
     v_rows, o_rows, u_rows = (cute.make_tensor(x.iterator, cute.make_layout(shape, stride=strides)) for x in (v, o, u))
     values = cute.make_rmem_tensor(cute.make_layout((EIGHTS, 2 * S), stride=(2 * S, 1)), v.element_type)
-    # v - S k, from lanes of a token to lanes of a row; where a warp's part of the state was.
-    shape = BUFFERS, WARPS, EIGHTS, EIGHT, EIGHT, S
-    strides = V * K * TYPES[STATE].width // 32, S * LOADS * WARP * 4, EIGHT * MISSING, MISSING, S, 1
-    missing = cute.make_tensor(cute.recast_ptr(rows.iterator, dtype=Float32), cute.make_layout(shape, stride=strides))
+    # v - S k, from lanes of a token to lanes of a row; a token's so far from the next one's that lanes meet in few banks.
+    shape, apart = (WARPS, EIGHTS, EIGHT, EIGHT, S), EIGHT * S + EIGHT
+    strides = EIGHTS * EIGHT * apart, EIGHT * apart, apart, S, 1
+    missing = memory.allocate_tensor(Float32, cute.make_layout(shape, stride=strides), 16)
     each = K // WARP // WAYS
     raw = cute.make_rmem_tensor(cute.make_layout((TOKENS, 3, each), stride=(3 * each, each, 1)), q.element_type)
     gate = cute.make_rmem_tensor(cute.make_layout(1 + each), Float32)  # A_log, dt_bias
@@ -165,30 +160,30 @@ def verify(
     n, hv = program // value_heads, program % value_heads
     h = Int32(Int64(hv) * inverse >> 32)
     slot, live = slot_of(slots, pool, n)
-    # Programs of a multiprocessor have their tokens done by different warps, so that its four schedulers share the work.
-    role = (warp + program // MULTIPROCESSORS) % WARPS
-    # Tokens are requested before the state, since that has to wait for the slot.
-    request_tokens(q, k, g, beta, A_log, dt_bias, raw, gate, betas, n, h, hv, role, lane, K, TOKENS)
+    # Which warps have a head's tokens changes from head to head, and from program to program of a multiprocessor: so its four
+    # schedulers share the work, and what a warp has of the next head's tokens is under way while others work on this one's.
+    turn = program // MULTIPROCESSORS
+    request_tokens(q, k, g, beta, A_log, dt_bias, raw, gate, betas, n, h, hv, (warp + turn) % WARPS, lane, K, WARPS, TOKENS)
     request_values(v_rows, values, n, hv, warp, line, column)
-    cute.arch.sync_warp()  # or the assembler would turn the order around
-    request_state(load, fragments, rows, Int32(0), slot, hv, warp, lane)
-    cute.arch.cp_async_commit_group()
-    step_n, step_hv, buffer = programs // value_heads, programs % value_heads, Int32(0)
+    cute.arch.sync_warp()  # or the assembler would turn the order around: the state has to wait for the slot
+    request_state(load, fragments, rows, slot, hv, warp, lane)
+    step_n, step_hv = programs // value_heads, programs % value_heads
     next_n, next_hv = after(n, hv, step_n, step_hv, value_heads)
-    next_slot, next_live = slot_of(slots, pool, cutlass.min(next_n, n_rows - 1))
+    given = slots[cutlass.min(next_n, n_rows - 1)]  # the next head's slot
 
     for head in cutlass.range(program, n_rows * value_heads, programs):
+        role = (warp + turn) % WARPS
         h = Int32(Int64(hv) * inverse >> 32)
-        next_h = Int32(Int64(next_hv) * inverse >> 32)
+        # The program's next head, if there is one.
         more = head + programs < n_rows * value_heads
-        later_n, later_hv, later_slot, later_live = next_n, next_hv, next_slot, next_live
-        if cutlass.const_expr(BUFFERS > 1):
-            if more:
-                request_state(load, fragments, rows, 1 - buffer, next_slot, next_hv, warp, lane)
-            cute.arch.cp_async_commit_group()
-            later_n, later_hv = after(next_n, next_hv, step_n, step_hv, value_heads)
-            later_slot, later_live = slot_of(slots, pool, cutlass.min(later_n, n_rows - 1))
-
+        later_n, later_hv = after(next_n, next_hv, step_n, step_hv, value_heads)
+        later = slots[cutlass.min(later_n, n_rows - 1)]
+        if more:
+            next_h = Int32(Int64(next_hv) * inverse >> 32)
+            request_tokens(
+                q, k, g, beta, A_log, dt_bias, raw, gate, betas, next_n, next_h, next_hv, (role + WAYS) % WARPS, lane, K,
+                WARPS, TOKENS,
+            )  # fmt: skip
         if role < WAYS:
             # Where the lane's two channels are among the fragments.
             word = role * WARP + lane
@@ -200,21 +195,18 @@ def verify(
                 g_out_lanes = lanes[n, None, hv, role, lane, None]
             prepare(raw, gate, chosen, tokens, lane, to, dots[role, None], g_out_lanes, live, GATE, TOKENS)
         cute.arch.sync_threads()
+        # That this takes a warp's lanes keeps the assembler from waiting for it where other requests are under way.
+        later = cute.arch.make_warp_uniform(later)
 
         if role == WARPS - 1:
             solve(dots, betas[0].to(Float32), chosen, tokens, lane, solved, of_tokens, TOKENS)
-        if cutlass.const_expr(BUFFERS > 1):
-            if more:
-                request_tokens(
-                    q, k, g, beta, A_log, dt_bias, raw, gate, betas, next_n, next_h, next_hv, role, lane, K, TOKENS
-                )
 
         # S k and S q, of eight tokens each.
         product = atom(BFloat16)
         found = [[zeros(4) for _ in range(S)] for _ in range(EIGHTS)]
-        cute.arch.cp_async_wait_group(BUFFERS - 1)  # a thread waits for no other's
+        cute.arch.cp_async_wait_group(0)  # a thread waits for no other's
         for x in cutlass.range_constexpr(LOADS):
-            rights = [factors(rows[buffer, warp, s, x, lane, None], STEPS, STATE) for s in range(S)]
+            rights = [factors(rows[warp, s, x, lane, None], STEPS, STATE) for s in range(S)]
             for step in cutlass.range_constexpr(STEPS):
                 for eight in cutlass.range_constexpr(EIGHTS):
                     lefts = []
@@ -224,6 +216,9 @@ def verify(
                         lefts.append(left)
                     for s in cutlass.range_constexpr(S):
                         add(product, found[eight][s], lefts, rights[s][step])
+        next_slot, next_live = within(pool, given)
+        if more:
+            request_state(load, fragments, rows, next_slot, next_hv, warp, lane)
         cute.arch.sync_threads()
 
         if cutlass.const_expr(UPDATE):
@@ -238,21 +233,20 @@ def verify(
                 for s in range(S)
             ]
             for e in cutlass.range_constexpr(2):
-                write(own[e * S : (e + 1) * S], missing[buffer, warp, eight, line, 2 * column + e, None])
+                write(own[e * S : (e + 1) * S], missing[warp, eight, line, 2 * column + e, None])
             for s in cutlass.range_constexpr(S):
                 for e in cutlass.range_constexpr(2):
                     found[eight][s][e] = Float32(0.0)
                     found[eight][s][2 + e] = of_q * found[eight][s][2 + e]
         cute.arch.sync_warp()
-        if cutlass.const_expr(BUFFERS > 1):
-            if more:
-                request_values(v_rows, values, next_n, next_hv, warp, line, column)
+        if more:
+            request_values(v_rows, values, next_n, next_hv, warp, line, column)
 
         # From v - S k to u and o.
         product = atom(TFloat32)
         rights = []
         for eight in cutlass.range_constexpr(EIGHTS):
-            pair = [loaded(missing[buffer, warp, eight, column + 4 * half, line, None]) for half in range(2)]
+            pair = [loaded(missing[warp, eight, column + 4 * half, line, None]) for half in range(2)]
             rights.append([halves([pair[0][s], pair[1][s]], TFloat32) for s in range(S)])
         for eight in cutlass.range_constexpr(EIGHTS):
             for earlier in cutlass.range_constexpr(eight + 1):
@@ -266,9 +260,8 @@ def verify(
                 if cutlass.const_expr(UPDATE):
                     own = [select(live, found[eight][s][e], Float32(0.0)) for s in range(S) for e in range(2)]
                     write(own, u_rows[n, t, hv, warp, column, None])
-        cute.arch.sync_warp()  # what this warp read is written over by what it requests next
-        n, hv, live, buffer = next_n, next_hv, next_live, 1 - buffer
-        next_n, next_hv, next_slot, next_live = later_n, later_hv, later_slot, later_live
+        n, hv, live, turn = next_n, next_hv, next_live, turn + WAYS
+        next_n, next_hv, given = later_n, later_hv, later
 
 
 def after(n, hv, step_n, step_hv, value_heads):
@@ -285,13 +278,13 @@ def request_values(v_rows, values, n, hv, warp, line, column):
         cute.autovec_copy(v_rows[n, t, hv, warp, column, None], values[eight, None])
 
 
-def request_state(load, fragments, rows, buffer, slot, hv, warp, lane):
+def request_state(load, fragments, rows, slot, hv, warp, lane):
     line, column = lane // 4, lane % 4
-    _, _, S, LOADS, _, _ = rows.shape
+    _, S, LOADS, _, _ = rows.shape
     for x in range(LOADS):
         for s in range(S):
-            source = fragments[slot, hv, warp, line // 2, s, line % 2, x, column, None]
-            cute.copy(load, source, rows[buffer, warp, s, x, lane, None])
+            cute.copy(load, fragments[slot, hv, warp, line // 2, s, line % 2, x, column, None], rows[warp, s, x, lane, None])
+    cute.arch.cp_async_commit_group()
 
 
 def factors(mine, STEPS, STATE):
