@@ -246,9 +246,12 @@ class Program:
             greenlet.getcurrent().parent.switch(may_go)
             Program.thread = thread
 
+    def arrive(self, who: Any) -> None:
+        self.meetings[who] += 1
+
     def meet(self, who: Any, count: int) -> None:
         """All ``count`` of them are here."""
-        self.meetings[who] += 1
+        self.arrive(who)
         until = -(-self.meetings[who] // count) * count
         self.wait(lambda: self.meetings[who] >= until)
 
@@ -359,6 +362,8 @@ def _modules() -> dict[str, Any]:
         block_idx=lambda: Program.here.index,
         grid_dim=lambda: Program.here.grid,
         sync_threads=lambda: Program.here.meet("all", Program.here.threads),
+        barrier=lambda barrier_id, number_of_threads: Program.here.meet(("barrier", barrier_id), number_of_threads),
+        barrier_arrive=lambda barrier_id, number_of_threads: Program.here.arrive(("barrier", barrier_id)),
         sync_warp=lambda: Program.here.meet(Program.thread // WARP, WARP),
         make_warp_uniform=lambda x: x,
         shuffle_sync=_shuffle,

@@ -8,7 +8,7 @@ Queries and keys are those given: what normalises and scales them is a number a 
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Float32
+from cutlass import BFloat16, Float32, Int32, Int64
 
 from .product import halves
 from .token import (
@@ -25,14 +25,18 @@ from .token import (
     holder,
     loaded,
     log_decays,
+    numbers_of,
     select,
     sigmoid,
+    slot_of,
     sums,
     write,
 )
 
 
 EIGHT = 8  # tokens of a product
+# Barriers, but for the first each of two heads: what is written of a head's tokens, and read.
+DOTS_DONE, READ_DONE, SOLVE_DONE, FREE = 1, 2, 4, 6
 
 
 def ways_of(K):
@@ -58,30 +62,82 @@ def own_at(t):
     return first * (first + 2) + 4 * first + 2 + t % 2 * 3
 
 
+def after(n, hv, step_n, step_hv, value_heads):
+    """The row and value head that a program takes after these."""
+    hv = hv + step_hv
+    more = Int32(hv >= value_heads)
+    return n + step_n + more, hv - more * value_heads
+
+
+@cute.jit
+def drafts(
+    q: cute.Tensor, k: cute.Tensor, g: cute.Tensor, beta: cute.Tensor, A_log: cute.Tensor, dt_bias: cute.Tensor,
+    slots: cute.Tensor, options: cute.Tensor, g_out: cute.Tensor, reads: cute.Tensor, dots: cute.Tensor, solved: cute.Tensor,
+    factors: cute.Tensor, n, hv, step_n, step_hv, inverse, way, lane, pool,
+    K: cutlass.Constexpr, GATE: cutlass.Constexpr, UPDATE: cutlass.Constexpr, WARPS: cutlass.Constexpr,
+    TOKENS: cutlass.Constexpr,
+):  # fmt: skip
+    """What a warp of tokens does: its channels of each of the program's heads; and every so many heads the matrices."""
+    n_rows, tokens, value_heads, WAYS = q.shape[0], q.shape[1], g.shape[2], ways_of(K)
+    each = K // WARP // WAYS
+    raw = cute.make_rmem_tensor(cute.make_layout((TOKENS, 3, each), stride=(3 * each, each, 1)), q.element_type)
+    gate = cute.make_rmem_tensor(cute.make_layout(1 + each), Float32)  # A_log, dt_bias
+    betas = cute.make_rmem_tensor(cute.make_layout(1), beta.element_type)
+    request_tokens(q, k, g, beta, A_log, dt_bias, raw, gate, betas, n, hv, inverse, way, lane, K, TOKENS)
+    chosen = numbers_of(options)
+    turn = Int32(0)
+    while n < n_rows:
+        buffer = turn % 2
+        if turn > 1:
+            cute.arch.barrier(barrier_id=FREE + buffer, number_of_threads=(WARPS + WAYS) * WARP)
+        g_out_lanes, live = None, True
+        if cutlass.const_expr(UPDATE):
+            _, live = slot_of(slots, pool, n)
+            lanes = by_lane(g_out, (n_rows, tokens, value_heads, WAYS), K // WAYS)
+            g_out_lanes = lanes[n, None, hv, way, lane, None]
+        to = reads[buffer, None, None, None, None]
+        prepare(raw, gate, chosen, tokens, lane, to, dots[buffer, way, None], g_out_lanes, live, GATE, TOKENS)
+        cute.arch.barrier_arrive(barrier_id=READ_DONE + buffer, number_of_threads=(WARPS + WAYS) * WARP)
+        b_beta = betas[0].to(Float32)
+        n, hv = after(n, hv, step_n, step_hv, value_heads)
+        if n < n_rows:
+            request_tokens(q, k, g, beta, A_log, dt_bias, raw, gate, betas, n, hv, inverse, way, lane, K, TOKENS)
+        if cutlass.const_expr(WAYS > 1):
+            cute.arch.barrier(barrier_id=DOTS_DONE, number_of_threads=WAYS * WARP)
+        else:
+            cute.arch.sync_warp()
+        if turn % WAYS == way:
+            solve(
+                dots[buffer, None, None], b_beta, chosen, tokens, lane, solved[buffer, None, None, None, None, None],
+                factors[buffer, None, None], TOKENS,
+            )  # fmt: skip
+            cute.arch.barrier_arrive(barrier_id=SOLVE_DONE + buffer, number_of_threads=(WARPS + 1) * WARP)
+        turn = turn + 1
+
+
 @cute.jit
 def request_tokens(
     q: cute.Tensor, k: cute.Tensor, g: cute.Tensor, beta: cute.Tensor, A_log: cute.Tensor, dt_bias: cute.Tensor,
-    raw: cute.Tensor, gate: cute.Tensor, betas: cute.Tensor, n, h, hv, way, lane,
-    K: cutlass.Constexpr, WARPS: cutlass.Constexpr, TOKENS: cutlass.Constexpr,
+    raw: cute.Tensor, gate: cute.Tensor, betas: cute.Tensor, n, hv, inverse, way, lane,
+    K: cutlass.Constexpr, TOKENS: cutlass.Constexpr,
 ):  # fmt: skip
-    """What a warp wants of a row's tokens, into its lanes' registers: in the first ways their channels, in the last betas."""
+    """A lane's channels of a row's tokens, its gate's parameters, and one token's beta, into registers."""
     n_rows, tokens, heads, value_heads, WAYS = q.shape[0], q.shape[1], q.shape[2], g.shape[2], ways_of(K)
-    if way == WARPS - 1:
-        betas[0] = beta[n, cutlass.min(lane, tokens - 1), hv]
-    if way < WAYS:
-        q_lanes, k_lanes = (by_lane(x, (n_rows, tokens, heads, WAYS), K // WAYS)[n, None, h, way, lane, None] for x in (q, k))
-        g_lanes = by_lane(g, (n_rows, tokens, value_heads, WAYS), K // WAYS)[n, None, hv, way, lane, None]
-        # Gate parameters that all rows share have one row.
-        gate[0] = A_log[cutlass.min(n, A_log.shape[0] - 1), hv]
-        bias = by_lane(dt_bias, (dt_bias.shape[0], value_heads, WAYS), K // WAYS)
-        given = loaded(bias[cutlass.min(n, dt_bias.shape[0] - 1), hv, way, lane, None])
-        for e, x in enumerate(given):
-            gate[1 + e] = x
-        for first in cutlass.range_constexpr(0, TOKENS, 2):
-            if first < tokens:
-                for t in cutlass.range_constexpr(first, first + 2):
-                    for i, x in enumerate((q_lanes, k_lanes, g_lanes)):
-                        cute.autovec_copy(x[cutlass.min(t, tokens - 1), None], raw[t, i, None])
+    h = Int32(Int64(hv) * inverse >> 32)
+    betas[0] = beta[n, cutlass.min(lane, tokens - 1), hv]
+    q_lanes, k_lanes = (by_lane(x, (n_rows, tokens, heads, WAYS), K // WAYS)[n, None, h, way, lane, None] for x in (q, k))
+    g_lanes = by_lane(g, (n_rows, tokens, value_heads, WAYS), K // WAYS)[n, None, hv, way, lane, None]
+    # Gate parameters that all rows share have one row.
+    gate[0] = A_log[cutlass.min(n, A_log.shape[0] - 1), hv]
+    bias = by_lane(dt_bias, (dt_bias.shape[0], value_heads, WAYS), K // WAYS)
+    given = loaded(bias[cutlass.min(n, dt_bias.shape[0] - 1), hv, way, lane, None])
+    for e, x in enumerate(given):
+        gate[1 + e] = x
+    for first in cutlass.range_constexpr(0, TOKENS, 2):
+        if first < tokens:
+            for t in cutlass.range_constexpr(first, first + 2):
+                for i, x in enumerate((q_lanes, k_lanes, g_lanes)):
+                    cute.autovec_copy(x[cutlass.min(t, tokens - 1), None], raw[t, i, None])
 
 
 @cute.jit
@@ -183,5 +239,5 @@ def write_keys(
     given, to = (by_lane(x, (k.shape[0], tokens, k.shape[2]), K) for x in (k, k_out))
     for mine in cutlass.range((tokens - warp + WARPS - 1) // WARPS):
         t = warp + mine * WARPS
-        key = [select(live, factors[0, t] * x, Float32(0.0)) for x in loaded(given[n, t, h, lane, None])]
+        key = [select(live, factors[t] * x, Float32(0.0)) for x in loaded(given[n, t, h, lane, None])]
         write(key, to[n, t, h, lane, None])

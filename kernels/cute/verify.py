@@ -1,14 +1,12 @@
 """verify: T draft tokens against one row's state, which is read once and never written.
 
 Bound: memory, V K numbers of state a (row, value head), as long as what T adds is small. So all that tokens ask of the state
-is one product on tensor cores, [k_t exp(G_t) ; q_t exp(G_t)] S^T, [2 T, K] x [K, V]. A program has one value head of a row, a
-warp 16 or 32 rows of its state. It requests them first, into shared memory, a lane what it will want in its registers: a
-product may sum over K in any order, so a lane takes 16 bytes side by side for channels that the instruction has apart, and need
-not wait for what other lanes requested. It goes through several heads: while it is at one's tokens and outputs, the next
-one's tokens and state are under way.
-
-While the state is under way some warps do what has to do with tokens alone (draft.py). So when it is there, two products follow
-each other in a warp, whatever T is: of S k and S q, and of v - S k with the two [T, T] matrices that make u and outputs of it.
+is one product on tensor cores, [k_t exp(G_t) ; q_t exp(G_t)] S^T, [2 T, K] x [K, V]. A program goes through several heads. Some
+of its warps do what has to do with tokens alone (draft.py), up to a head ahead; the others have 16 or 32 rows each of the
+state, and two products that follow each other, whatever T is: of S k and S q, and of v - S k with the two [T, T] matrices
+that make u and outputs of it. A lane requests into shared memory what it will want in its registers: a product may sum over K in
+any order, so it takes 16 bytes side by side for channels that the instruction has apart, need not wait for what other
+lanes requested, and requests the next head's as soon as it has read this one's.
 
 Precision: factors of the first product are taken as sums of two bfloat16 numbers, to 2^-17; of the other as sums of two TF32
 numbers.
@@ -19,7 +17,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, TFloat32
 
-from .draft import count, prepare, request_tokens, solve, ways_of, write_keys
+from .draft import FREE, READ_DONE, SOLVE_DONE, after, count, drafts, ways_of, write_keys
 from .product import add, atom, halves, registers, zeros
 from .token import (
     TYPES,
@@ -27,7 +25,6 @@ from .token import (
     by_lane,
     held,
     loaded,
-    numbers_of,
     select,
     slot_of,
     token_inputs,
@@ -41,7 +38,7 @@ EIGHT = 8  # tokens of a product, and rows of the state
 STEP = 16  # channels that an instruction sums over
 # By the pool's dtype and the tokens at most: eights of the state's rows to a warp, and programs on a multiprocessor.
 TILES = {("bfloat16", 8): 4, ("bfloat16", 16): 4, ("float32", 8): 2, ("float32", 16): 4}
-AT_ONCE = {("bfloat16", 8): 4, ("bfloat16", 16): 2, ("float32", 8): 2, ("float32", 16): 2}
+AT_ONCE = {("bfloat16", 8): 3, ("bfloat16", 16): 2, ("float32", 8): 2, ("float32", 16): 2}
 MULTIPROCESSORS = 132  # of an H200
 READ = 2 * STEP * EIGHT + 32  # numbers from one step's left factors to the next: so lanes that write meet in no bank
 
@@ -55,8 +52,9 @@ def operands(K, V, STATE, GATE, TOKEN, UPDATE):
 
 def shared_bytes(K, V, STATE, GATE, TOKEN, UPDATE):
     most = max(TOKENS)
-    matrices = 4 * (ways_of(K) * count(most) + 2 * most * most + 3 * most + most * (V + EIGHT * V // (TILES[STATE, most] * EIGHT)))
-    return V * K * TYPES[STATE].width // 8 + 2 * (most // EIGHT) * (K // STEP) * READ * 2 + matrices
+    of_tokens = 2 * (ways_of(K) * count(most) + 2 * most * most + 3 * most)
+    missing = most * (V + V // TILES[STATE, most])
+    return V * K * TYPES[STATE].width // 8 + 2 * 2 * (most // EIGHT) * (K // STEP) * READ * 2 + 4 * (of_tokens + missing)
 
 
 @cute.jit
@@ -85,7 +83,7 @@ def enqueue(stream, arrays, K, V, STATE, GATE, UPDATE, MOST):
     at_once = AT_ONCE[STATE, MOST] * (128 // V)
     verify(*arrays, group, inverse, K, V, STATE, GATE, UPDATE, MOST).launch(
         grid=[cutlass.min(v.shape[0] * value_heads, Int32(at_once * MULTIPROCESSORS)), 1, 1],
-        block=[V // (TILES[STATE, MOST] * EIGHT) * WARP, 1, 1],
+        block=[(V // (TILES[STATE, MOST] * EIGHT) + ways_of(K)) * WARP, 1, 1],
         min_blocks_per_mp=at_once,
         preferred_smem_carveout=100,  # percent; left out, the DSL would ask a device
         stream=stream,
@@ -104,11 +102,14 @@ def verify(
     thread, _, _ = cute.arch.thread_idx()
     program, _, _ = cute.arch.block_idx()
     programs, _, _ = cute.arch.grid_dim()
-    lane, warp = thread % WARP, cute.arch.make_warp_uniform(thread // WARP)
+    lane = thread % WARP
     line, column = lane // 4, lane % 4  # of a product's fragments
     S = TILES[STATE, TOKENS]
     WARPS, EIGHTS, WAYS = V // (S * EIGHT), TOKENS // EIGHT, ways_of(K)
     n_rows, tokens, value_heads, heads, pool = v.shape[0], v.shape[1], v.shape[2], q.shape[2], state.shape[0]
+    # Programs of a multiprocessor have their tokens done by different warps, so that its four schedulers share the work.
+    turned = thread // WARP + WAYS * (program // MULTIPROCESSORS)
+    warp = cute.arch.make_warp_uniform(turned % (WARPS + WAYS))
 
     # The state: of four neighbouring lanes each has SIDE numbers side by side, which belong to STEPS of the product. Rows are
     # dealt out so that of the sums a lane has those of 2 S rows side by side.
@@ -125,23 +126,25 @@ def verify(
     load = cute.make_copy_atom(
         cute.nvgpu.cpasync.CopyG2SOp(cute.nvgpu.LoadCacheMode.GLOBAL), TYPES[STATE], num_bits_per_copy=128
     )
-    # What tokens read, as left factors: halves, eights, steps, and a lane's two channels of a key, of a query, of a key, ...
-    reads = memory.allocate_tensor(BFloat16, cute.make_layout(2 * EIGHTS * (K // STEP) * READ), 128)
-    strides = EIGHTS * (K // STEP) * READ, (K // STEP) * READ, READ
+    # What tokens read, of two heads, as left factors: halves, eights, steps, and a lane's two channels of a key, of a query, ...
+    size = EIGHTS * (K // STEP) * READ
+    reads = memory.allocate_tensor(BFloat16, cute.make_layout(2 * 2 * size), 128)
+    strides = 2 * size, size, (K // STEP) * READ, READ
     reads_fragments = cute.make_tensor(
-        reads.iterator, cute.make_layout((2, EIGHTS, K // STEP, WARP, 8), stride=(*strides, 8, 1))
+        reads.iterator, cute.make_layout((2, 2, EIGHTS, K // STEP, WARP, 8), stride=(*strides, 8, 1))
     )
     reads_words = cute.make_tensor(
-        reads.iterator, cute.make_layout((2, EIGHTS, K // STEP, EIGHT, 4, 2, 4), stride=(*strides, 32, 8, 4, 1))
+        reads.iterator, cute.make_layout((2, 2, EIGHTS, K // STEP, EIGHT, 4, 2, 4), stride=(*strides, 32, 8, 4, 1))
     )
-    dots = memory.allocate_tensor(Float32, cute.make_layout((WAYS, count(TOKENS)), stride=(count(TOKENS), 1)), 16)
+    shape = 2, WAYS, count(TOKENS)
+    dots = memory.allocate_tensor(Float32, cute.make_layout(shape, stride=(WAYS * count(TOKENS), count(TOKENS), 1)), 16)
     # The [T, T] matrices, as left factors too: eights of columns, rows, a lane's two columns, and what makes u and outputs.
-    shape = EIGHTS, TOKENS, 4, 2, 2
-    solved = memory.allocate_tensor(Float32, cute.make_layout(shape, stride=(16 * TOKENS, 16, 4, 2, 1)), 16)
-    shape = EIGHTS, EIGHTS, WARP, 4
-    solved_fragments = cute.make_tensor(solved.iterator, cute.make_layout(shape, stride=(16 * TOKENS, 128, 4, 1)))
-    of_tokens = memory.allocate_tensor(Float32, cute.make_layout((3, TOKENS), stride=(TOKENS, 1)), 16)
-
+    shape, strides = (2, EIGHTS, TOKENS, 4, 2, 2), (16 * TOKENS * EIGHTS, 16 * TOKENS, 16, 4, 2, 1)
+    solved = memory.allocate_tensor(Float32, cute.make_layout(shape, stride=strides), 16)
+    solved_fragments = cute.make_tensor(
+        solved.iterator, cute.make_layout((2, EIGHTS, EIGHTS, WARP, 4), stride=(*strides[:2], 128, 4, 1))
+    )
+    of_tokens = memory.allocate_tensor(Float32, cute.make_layout((2, 3, TOKENS), stride=(3 * TOKENS, TOKENS, 1)), 16)
     # A lane has one of every eight tokens' v, u and o.
     shape = n_rows, tokens, value_heads, WARPS, 4, 2 * S
     strides = tokens * value_heads * V, value_heads * V, V, S * EIGHT, 2 * S, 1
@@ -151,124 +154,94 @@ def verify(
     shape, apart = (WARPS, EIGHTS, EIGHT, EIGHT, S), EIGHT * S + EIGHT
     strides = EIGHTS * EIGHT * apart, EIGHT * apart, apart, S, 1
     missing = memory.allocate_tensor(Float32, cute.make_layout(shape, stride=strides), 16)
-    each = K // WARP // WAYS
-    raw = cute.make_rmem_tensor(cute.make_layout((TOKENS, 3, each), stride=(3 * each, each, 1)), q.element_type)
-    gate = cute.make_rmem_tensor(cute.make_layout(1 + each), Float32)  # A_log, dt_bias
-    betas = cute.make_rmem_tensor(cute.make_layout(1), beta.element_type)
-    chosen = numbers_of(options)
-
+    total = n_rows * value_heads
     n, hv = program // value_heads, program % value_heads
-    h = Int32(Int64(hv) * inverse >> 32)
-    slot, live = slot_of(slots, pool, n)
-    # Which warps have a head's tokens changes from head to head, and from program to program of a multiprocessor: so its four
-    # schedulers share the work, and what a warp has of the next head's tokens is under way while others work on this one's.
-    turn = program // MULTIPROCESSORS
-    request_tokens(q, k, g, beta, A_log, dt_bias, raw, gate, betas, n, h, hv, (warp + turn) % WARPS, lane, K, WARPS, TOKENS)
-    request_values(v_rows, values, n, hv, warp, line, column)
-    cute.arch.sync_warp()  # or the assembler would turn the order around: the state has to wait for the slot
-    request_state(load, fragments, rows, slot, hv, warp, lane)
     step_n, step_hv = programs // value_heads, programs % value_heads
-    next_n, next_hv = after(n, hv, step_n, step_hv, value_heads)
-    given = slots[cutlass.min(next_n, n_rows - 1)]  # the next head's slot
+    if warp >= WARPS:
+        # Where a lane's two channels are among the fragments.
+        word = (warp - WARPS) * WARP + lane
+        step, place = word // (2 * SIDE) * STEPS + word % (SIDE // 2) // 2, word % (2 * SIDE) // (SIDE // 2)
+        to = reads_words[None, None, None, step, None, place, word % 2, None]
+        drafts(
+            q, k, g, beta, A_log, dt_bias, slots, options, g_out, to, dots, solved, of_tokens, n, hv, step_n, step_hv,
+            inverse, warp - WARPS, lane, pool, K, GATE, UPDATE, WARPS, TOKENS,
+        )  # fmt: skip
+    else:
+        slot, live = slot_of(slots, pool, n)
+        next_n, next_hv = after(n, hv, step_n, step_hv, value_heads)
+        given = slots[cutlass.min(next_n, n_rows - 1)]  # the next head's slot
+        request_state(load, fragments, rows, slot, hv, warp, lane)
+        turn = Int32(0)
+        for head in cutlass.range(program, total, programs):
+            request_values(v_rows, values, n, hv, warp, line, column)
+            later_n, later_hv = after(next_n, next_hv, step_n, step_hv, value_heads)
+            later = slots[cutlass.min(later_n, n_rows - 1)]
+            buffer = turn % 2
+            cute.arch.cp_async_wait_group(0)  # a thread waits for no other's
+            cute.arch.barrier(barrier_id=READ_DONE + buffer, number_of_threads=(WARPS + WAYS) * WARP)
 
-    for head in cutlass.range(program, n_rows * value_heads, programs):
-        role = (warp + turn) % WARPS
-        h = Int32(Int64(hv) * inverse >> 32)
-        # The program's next head, if there is one.
-        more = head + programs < n_rows * value_heads
-        later_n, later_hv = after(next_n, next_hv, step_n, step_hv, value_heads)
-        later = slots[cutlass.min(later_n, n_rows - 1)]
-        if more:
-            next_h = Int32(Int64(next_hv) * inverse >> 32)
-            request_tokens(
-                q, k, g, beta, A_log, dt_bias, raw, gate, betas, next_n, next_h, next_hv, (role + WAYS) % WARPS, lane, K,
-                WARPS, TOKENS,
-            )  # fmt: skip
-        if role < WAYS:
-            # Where the lane's two channels are among the fragments.
-            word = role * WARP + lane
-            step, place = word // (2 * SIDE) * STEPS + word % (SIDE // 2) // 2, word % (2 * SIDE) // (SIDE // 2)
-            to = reads_words[None, None, step, None, place, word % 2, None]
-            g_out_lanes = None
-            if cutlass.const_expr(UPDATE):
-                lanes = by_lane(g_out, (n_rows, tokens, value_heads, WAYS), K // WAYS)
-                g_out_lanes = lanes[n, None, hv, role, lane, None]
-            prepare(raw, gate, chosen, tokens, lane, to, dots[role, None], g_out_lanes, live, GATE, TOKENS)
-        cute.arch.sync_threads()
-        # That this takes a warp's lanes keeps the assembler from waiting for it where other requests are under way.
-        later = cute.arch.make_warp_uniform(later)
+            # S k and S q, of eight tokens each.
+            product = atom(BFloat16)
+            found = [[zeros(4) for _ in range(S)] for _ in range(EIGHTS)]
+            for x in cutlass.range_constexpr(LOADS):
+                rights = [factors(rows[warp, s, x, lane, None], STEPS, STATE) for s in range(S)]
+                for step in cutlass.range_constexpr(STEPS):
+                    for eight in cutlass.range_constexpr(EIGHTS):
+                        lefts = []
+                        for part in cutlass.range_constexpr(2):
+                            left = cute.make_rmem_tensor(cute.make_layout(8), BFloat16)
+                            cute.autovec_copy(reads_fragments[buffer, part, eight, x * STEPS + step, lane, None], left)
+                            lefts.append(left)
+                        for s in cutlass.range_constexpr(S):
+                            add(product, found[eight][s], lefts, rights[s][step])
+            next_slot, next_live = within(pool, given)
+            if head + programs < total:
+                request_state(load, fragments, rows, next_slot, next_hv, warp, lane)
+            cute.arch.barrier(barrier_id=SOLVE_DONE + buffer, number_of_threads=(WARPS + 1) * WARP)
 
-        if role == WARPS - 1:
-            solve(dots, betas[0].to(Float32), chosen, tokens, lane, solved, of_tokens, TOKENS)
-
-        # S k and S q, of eight tokens each.
-        product = atom(BFloat16)
-        found = [[zeros(4) for _ in range(S)] for _ in range(EIGHTS)]
-        cute.arch.cp_async_wait_group(0)  # a thread waits for no other's
-        for x in cutlass.range_constexpr(LOADS):
-            rights = [factors(rows[warp, s, x, lane, None], STEPS, STATE) for s in range(S)]
-            for step in cutlass.range_constexpr(STEPS):
-                for eight in cutlass.range_constexpr(EIGHTS):
-                    lefts = []
-                    for part in cutlass.range_constexpr(2):
-                        left = cute.make_rmem_tensor(cute.make_layout(8), BFloat16)
-                        cute.autovec_copy(reads_fragments[part, eight, x * STEPS + step, lane, None], left)
-                        lefts.append(left)
-                    for s in cutlass.range_constexpr(S):
-                        add(product, found[eight][s], lefts, rights[s][step])
-        next_slot, next_live = within(pool, given)
-        if more:
-            request_state(load, fragments, rows, next_slot, next_hv, warp, lane)
-        cute.arch.sync_threads()
-
-        if cutlass.const_expr(UPDATE):
-            if hv == h * group:
-                write_keys(k, k_out, of_tokens, n, h, live, warp, lane, K, WARPS)
-        for eight in cutlass.range_constexpr(EIGHTS):
-            t = eight * EIGHT + line
-            of_k, of_q = (of_tokens[i, t] for i in range(2))
-            own = [
-                select(t < tokens, values[eight, 2 * s + e].to(Float32) - of_k * found[eight][s][e], Float32(0.0))
-                for e in range(2)
-                for s in range(S)
-            ]
-            for e in cutlass.range_constexpr(2):
-                write(own[e * S : (e + 1) * S], missing[warp, eight, line, 2 * column + e, None])
-            for s in cutlass.range_constexpr(S):
+            for eight in cutlass.range_constexpr(EIGHTS):
+                t = eight * EIGHT + line
+                of_k, of_q = (of_tokens[buffer, i, t] for i in range(2))
+                own = [
+                    select(t < tokens, values[eight, 2 * s + e].to(Float32) - of_k * found[eight][s][e], Float32(0.0))
+                    for e in range(2)
+                    for s in range(S)
+                ]
                 for e in cutlass.range_constexpr(2):
-                    found[eight][s][e] = Float32(0.0)
-                    found[eight][s][2 + e] = of_q * found[eight][s][2 + e]
-        cute.arch.sync_warp()
-        if more:
-            request_values(v_rows, values, next_n, next_hv, warp, line, column)
-
-        # From v - S k to u and o.
-        product = atom(TFloat32)
-        rights = []
-        for eight in cutlass.range_constexpr(EIGHTS):
-            pair = [loaded(missing[warp, eight, column + 4 * half, line, None]) for half in range(2)]
-            rights.append([halves([pair[0][s], pair[1][s]], TFloat32) for s in range(S)])
-        for eight in cutlass.range_constexpr(EIGHTS):
-            for earlier in cutlass.range_constexpr(eight + 1):
-                left = halves(loaded(solved_fragments[earlier, eight, lane, None]), TFloat32)
+                    write(own[e * S : (e + 1) * S], missing[warp, eight, line, 2 * column + e, None])
                 for s in cutlass.range_constexpr(S):
-                    add(product, found[eight][s], left, rights[earlier][s])
-            t = eight * EIGHT + line
-            if t < tokens:
-                own = [select(live, found[eight][s][2 + e], Float32(0.0)) for s in range(S) for e in range(2)]
-                write(own, o_rows[n, t, hv, warp, column, None])
-                if cutlass.const_expr(UPDATE):
-                    own = [select(live, found[eight][s][e], Float32(0.0)) for s in range(S) for e in range(2)]
-                    write(own, u_rows[n, t, hv, warp, column, None])
-        n, hv, live, turn = next_n, next_hv, next_live, turn + WAYS
-        next_n, next_hv, given = later_n, later_hv, later
+                    for e in cutlass.range_constexpr(2):
+                        found[eight][s][e] = Float32(0.0)
+                        found[eight][s][2 + e] = of_q * found[eight][s][2 + e]
+            cute.arch.sync_warp()
 
-
-def after(n, hv, step_n, step_hv, value_heads):
-    """The row and value head that a program takes after these."""
-    hv = hv + step_hv
-    more = Int32(hv >= value_heads)
-    return n + step_n + more, hv - more * value_heads
+            # From v - S k to u and o.
+            product = atom(TFloat32)
+            rights = []
+            for eight in cutlass.range_constexpr(EIGHTS):
+                pair = [loaded(missing[warp, eight, column + 4 * half, line, None]) for half in range(2)]
+                rights.append([halves([pair[0][s], pair[1][s]], TFloat32) for s in range(S)])
+            for eight in cutlass.range_constexpr(EIGHTS):
+                for earlier in cutlass.range_constexpr(eight + 1):
+                    left = halves(loaded(solved_fragments[buffer, earlier, eight, lane, None]), TFloat32)
+                    for s in cutlass.range_constexpr(S):
+                        add(product, found[eight][s], left, rights[earlier][s])
+            if cutlass.const_expr(UPDATE):
+                h = Int32(Int64(hv) * inverse >> 32)
+                if hv == h * group:
+                    write_keys(k, k_out, of_tokens[buffer, 0, None], n, h, live, warp, lane, K, WARPS)
+            if head + 2 * programs < total:
+                cute.arch.barrier_arrive(barrier_id=FREE + buffer, number_of_threads=(WARPS + WAYS) * WARP)
+            for eight in cutlass.range_constexpr(EIGHTS):
+                t = eight * EIGHT + line
+                if t < tokens:
+                    own = [select(live, found[eight][s][2 + e], Float32(0.0)) for s in range(S) for e in range(2)]
+                    write(own, o_rows[n, t, hv, warp, column, None])
+                    if cutlass.const_expr(UPDATE):
+                        own = [select(live, found[eight][s][e], Float32(0.0)) for s in range(S) for e in range(2)]
+                        write(own, u_rows[n, t, hv, warp, column, None])
+            n, hv, live, turn = next_n, next_hv, next_live, turn + 1
+            next_n, next_hv, given = later_n, later_hv, later
 
 
 def request_values(v_rows, values, n, hv, warp, line, column):
