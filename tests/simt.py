@@ -109,6 +109,10 @@ class Pointer:
         return Pointer(self.memory, self.dtype, self.offset + count)
 
     @property
+    def llvm_ptr(self) -> Pointer:
+        return self
+
+    @property
     def place(self) -> tuple[int, int]:
         return id(self.memory), self.offset
 
@@ -376,7 +380,7 @@ def _modules() -> dict[str, Any]:
         mbarrier_arrive_and_expect_tx=_arrive,
         mbarrier_wait=_await,
     )
-    for name in ("mbarrier_init_fence", "fence_proxy", "cp_async_commit_group", "cp_async_wait_group"):
+    for name in ("mbarrier_init_fence", "fence_proxy", "prefetch", "cp_async_commit_group", "cp_async_wait_group"):
         setattr(arch, name, _nothing)
     for name in ("cp_async_bulk_commit_group", "cp_async_bulk_wait_group"):
         setattr(arch, name, _nothing)
@@ -419,7 +423,6 @@ def _modules() -> dict[str, Any]:
     return {
         "cutlass": cutlass,
         "cutlass.cute": cute,
-        "cutlass._mlir.dialects": space(nvvm=space(cp_async_bulk_prefetch=_nothing)),
         "cutlass.cute.nvgpu": nvgpu,
         "cuda": space(bindings=space(driver=driver)),
         "cuda.bindings": space(driver=driver),

@@ -22,7 +22,7 @@ from .product import add, atom, halves, registers, zeros
 from .token import (
     TYPES,
     WARP,
-    by_lane,
+    from_lane,
     held,
     loaded,
     select,
@@ -38,8 +38,9 @@ EIGHT = 8  # tokens of a product, and rows of the state
 STEP = 16  # channels that an instruction sums over
 # By the pool's dtype and the tokens at most: eights of the state's rows to a warp, and programs on a multiprocessor.
 TILES = {("bfloat16", 8): 4, ("bfloat16", 16): 4, ("float32", 8): 2, ("float32", 16): 4}
-AT_ONCE = {("bfloat16", 8): 3, ("bfloat16", 16): 2, ("float32", 8): 2, ("float32", 16): 2}
+AT_ONCE = {("bfloat16", 8): 4, ("bfloat16", 16): 2, ("float32", 8): 2, ("float32", 16): 2}
 MULTIPROCESSORS = 132  # of an H200
+MISSING = 2 * EIGHT + 8  # numbers from a token's v - S k to the next one's: so lanes meet in few banks
 READ = 2 * STEP * EIGHT + 32  # numbers from one step's left factors to the next: so lanes that write meet in no bank
 
 
@@ -53,7 +54,7 @@ def operands(K, V, STATE, GATE, TOKEN, UPDATE):
 def shared_bytes(K, V, STATE, GATE, TOKEN, UPDATE):
     most = max(TOKENS)
     of_tokens = 2 * (ways_of(K) * count(most) + 2 * most * most + 3 * most)
-    missing = most * (V + V // TILES[STATE, most])
+    missing = most * V // (TILES[STATE, most] * EIGHT) * MISSING
     return V * K * TYPES[STATE].width // 8 + 2 * 2 * (most // EIGHT) * (K // STEP) * READ * 2 + 4 * (of_tokens + missing)
 
 
@@ -150,9 +151,8 @@ def verify(
     strides = tokens * value_heads * V, value_heads * V, V, S * EIGHT, 2 * S, 1
     v_rows, o_rows, u_rows = (cute.make_tensor(x.iterator, cute.make_layout(shape, stride=strides)) for x in (v, o, u))
     values = cute.make_rmem_tensor(cute.make_layout((EIGHTS, 2 * S), stride=(2 * S, 1)), v.element_type)
-    # v - S k, from lanes of a token to lanes of a row; a token's so far from the next one's that lanes meet in few banks.
-    shape, apart = (WARPS, EIGHTS, EIGHT, EIGHT, S), EIGHT * S + EIGHT
-    strides = EIGHTS * EIGHT * apart, EIGHT * apart, apart, S, 1
+    # v - S k of 16 rows, which goes from lanes of a token to lanes of a row.
+    shape, strides = (WARPS, EIGHTS, EIGHT, EIGHT, 2), (EIGHTS * EIGHT * MISSING, EIGHT * MISSING, MISSING, 2, 1)
     missing = memory.allocate_tensor(Float32, cute.make_layout(shape, stride=strides), 16)
     total = n_rows * value_heads
     n, hv = program // value_heads, program % value_heads
@@ -168,14 +168,12 @@ def verify(
         )  # fmt: skip
     else:
         slot, live = slot_of(slots, pool, n)
-        next_n, next_hv = after(n, hv, step_n, step_hv, value_heads)
-        given = slots[cutlass.min(next_n, n_rows - 1)]  # the next head's slot
         request_state(load, fragments, rows, slot, hv, warp, lane)
-        turn = Int32(0)
+        turn, coming = Int32(0), Int32(0)
         for head in cutlass.range(program, total, programs):
             request_values(v_rows, values, n, hv, warp, line, column)
-            later_n, later_hv = after(next_n, next_hv, step_n, step_hv, value_heads)
-            later = slots[cutlass.min(later_n, n_rows - 1)]
+            if turn % WARP == 0:  # the slots of the next 32 heads, one a lane, so that none is waited for
+                coming = slots[cutlass.min((head + (lane + 1) * programs) // value_heads, n_rows - 1)]
             buffer = turn % 2
             cute.arch.cp_async_wait_group(0)  # a thread waits for no other's
             cute.arch.barrier(barrier_id=READ_DONE + buffer, number_of_threads=(WARPS + WAYS) * WARP)
@@ -194,38 +192,38 @@ def verify(
                             lefts.append(left)
                         for s in cutlass.range_constexpr(S):
                             add(product, found[eight][s], lefts, rights[s][step])
-            next_slot, next_live = within(pool, given)
+            next_n, next_hv = after(n, hv, step_n, step_hv, value_heads)
+            next_slot, next_live = within(pool, from_lane(coming, turn % WARP))
             if head + programs < total:
                 request_state(load, fragments, rows, next_slot, next_hv, warp, lane)
             cute.arch.barrier(barrier_id=SOLVE_DONE + buffer, number_of_threads=(WARPS + 1) * WARP)
 
-            for eight in cutlass.range_constexpr(EIGHTS):
-                t = eight * EIGHT + line
-                of_k, of_q = (of_tokens[buffer, i, t] for i in range(2))
-                own = [
-                    select(t < tokens, values[eight, 2 * s + e].to(Float32) - of_k * found[eight][s][e], Float32(0.0))
-                    for e in range(2)
-                    for s in range(S)
-                ]
-                for e in cutlass.range_constexpr(2):
-                    write(own[e * S : (e + 1) * S], missing[warp, eight, line, 2 * column + e, None])
-                for s in cutlass.range_constexpr(S):
-                    for e in cutlass.range_constexpr(2):
-                        found[eight][s][e] = Float32(0.0)
-                        found[eight][s][2 + e] = of_q * found[eight][s][2 + e]
-            cute.arch.sync_warp()
-
             # From v - S k to u and o.
             product = atom(TFloat32)
-            rights = []
-            for eight in cutlass.range_constexpr(EIGHTS):
-                pair = [loaded(missing[warp, eight, column + 4 * half, line, None]) for half in range(2)]
-                rights.append([halves([pair[0][s], pair[1][s]], TFloat32) for s in range(S)])
-            for eight in cutlass.range_constexpr(EIGHTS):
-                for earlier in cutlass.range_constexpr(eight + 1):
-                    left = halves(loaded(solved_fragments[buffer, earlier, eight, lane, None]), TFloat32)
-                    for s in cutlass.range_constexpr(S):
-                        add(product, found[eight][s], left, rights[earlier][s])
+            lefts = [
+                [halves(loaded(solved_fragments[buffer, earlier, eight, lane, None]), TFloat32) for earlier in range(eight + 1)]
+                for eight in range(EIGHTS)
+            ]
+            for pair in cutlass.range_constexpr(0, S, 2):
+                for eight in cutlass.range_constexpr(EIGHTS):
+                    t = eight * EIGHT + line
+                    of_k, of_q = (of_tokens[buffer, i, t] for i in range(2))
+                    for e in cutlass.range_constexpr(2):
+                        some = []
+                        for s in cutlass.range_constexpr(pair, pair + 2):
+                            x = values[eight, 2 * s + e].to(Float32) - of_k * found[eight][s][e]
+                            some.append(select(t < tokens, x, Float32(0.0)))
+                            found[eight][s][e] = Float32(0.0)
+                            found[eight][s][2 + e] = of_q * found[eight][s][2 + e]
+                        write(some, missing[warp, eight, line, 2 * column + e, None])
+                cute.arch.sync_warp()
+                for earlier in cutlass.range_constexpr(EIGHTS):
+                    both = [loaded(missing[warp, earlier, column + 4 * half, line, None]) for half in range(2)]
+                    for s in cutlass.range_constexpr(2):
+                        right = halves([x[s] for x in both], TFloat32)
+                        for eight in cutlass.range_constexpr(earlier, EIGHTS):
+                            add(product, found[eight][pair + s], lefts[eight][earlier], right)
+                cute.arch.sync_warp()
             if cutlass.const_expr(UPDATE):
                 h = Int32(Int64(hv) * inverse >> 32)
                 if hv == h * group:
@@ -241,7 +239,6 @@ def verify(
                         own = [select(live, found[eight][s][e], Float32(0.0)) for s in range(S) for e in range(2)]
                         write(own, u_rows[n, t, hv, warp, column, None])
             n, hv, live, turn = next_n, next_hv, next_live, turn + 1
-            next_n, next_hv, given = later_n, later_hv, later
 
 
 def request_values(v_rows, values, n, hv, warp, line, column):
