@@ -151,7 +151,7 @@ def prepare(raw: cute.Tensor, gate: cute.Tensor, options, tokens, lane, reads: c
     from_state.fill(1.0)
     for first in cutlass.range_constexpr(0, TOKENS, 2):
         if first < tokens:
-            links, own = [], []
+            links, own, at = [], [], count(first)
             for t in cutlass.range_constexpr(first, first + 2):
                 q, k, g = (held(raw[t, x, None]) for x in range(3))
                 log_decay = log_decays(g, rate, bias, options, GATE)
@@ -163,13 +163,15 @@ def prepare(raw: cute.Tensor, gate: cute.Tensor, options, tokens, lane, reads: c
                 read = [x * from_state[e] for token in (k, q) for e, x in enumerate(token)]
                 for part, some in enumerate(halves(read, BFloat16)):
                     cute.autovec_copy(some, reads[part, t // EIGHT, t % EIGHT, None])
+                store_sums(links, lane, dots, at)  # before there are more, which would take registers
+                at, links = at + len(links), []
                 for i in cutlass.range_constexpr(t):
                     key = [x * y for x, y in zip(held(keys[i, None]), decay, strict=True)]
                     write(key, keys[i, None])
                     links += [dot(k, key), dot(q, key)]
                 write(k, keys[t, None])
                 own += [dot(q, q), dot(k, k), dot(q, k)]
-            store_sums(links + own, lane, dots, count(first))
+            store_sums(links + own, lane, dots, at)
 
 
 def store_sums(values, lane, dots, first):

@@ -4,9 +4,9 @@ Bound: memory, V K numbers of state a (row, value head), as long as what T adds 
 is one product on tensor cores, [k_t exp(G_t) ; q_t exp(G_t)] S^T, [2 T, K] x [K, V]. A program goes through several heads. Some
 of its warps do what has to do with tokens alone (draft.py), up to a head ahead; the others have 16 or 32 rows each of the
 state, and two products that follow each other, whatever T is: of S k and S q, and of v - S k with the two [T, T] matrices
-that make u and outputs of it. A lane requests into shared memory what it will want in its registers: a product may sum over K in
-any order, so it takes 16 bytes side by side for channels that the instruction has apart, need not wait for what other
-lanes requested, and requests the next head's as soon as it has read this one's.
+that make u and outputs of it. A product may sum over K in any order: so its factors are 16 bytes side by
+side of the state, and no lane has to move them. A warp's rows come by one bulk copy, and the next head's are requested as soon
+as these are read.
 
 Precision: factors of the first product are taken as sums of two bfloat16 numbers, to 2^-17; of the other as sums of two TF32
 numbers.
@@ -117,16 +117,14 @@ def verify(
     SIDE = 4 if STATE == "float32" else 8
     STEPS = SIDE // 4
     LOADS = K // (4 * SIDE)
-    shape = pool, value_heads, WARPS, EIGHT // 2, S, 2, LOADS, 4, SIDE
-    strides = wide(value_heads, V * K), V * K, S * EIGHT * K, 2 * S * K, 2 * K, K, 4 * SIDE, SIDE, 1
-    fragments = cute.make_tensor(state.iterator, cute.make_layout(shape, stride=strides))
+    PART = S * EIGHT * K  # of a state, to a warp
+    strides = wide(value_heads, V * K), V * K, PART, 1
+    parts = cute.make_tensor(state.iterator, cute.make_layout((pool, value_heads, WARPS, PART), stride=strides))
     memory = cutlass.utils.SmemAllocator()
-    shape = WARPS, S, LOADS, WARP, SIDE
-    strides = S * LOADS * WARP * SIDE, LOADS * WARP * SIDE, WARP * SIDE, SIDE, 1
-    rows = memory.allocate_tensor(TYPES[STATE], cute.make_layout(shape, stride=strides), 128)
-    load = cute.make_copy_atom(
-        cute.nvgpu.cpasync.CopyG2SOp(cute.nvgpu.LoadCacheMode.GLOBAL), TYPES[STATE], num_bits_per_copy=128
-    )
+    rows = memory.allocate_tensor(TYPES[STATE], cute.make_layout((WARPS, PART), stride=(PART, 1)), 128)
+    shape, strides = (WARPS, EIGHT // 2, S, 2, LOADS, 4, SIDE), (PART, 2 * S * K, 2 * K, K, 4 * SIDE, SIDE, 1)
+    fragments = cute.make_tensor(rows.iterator, cute.make_layout(shape, stride=strides))
+    arrived = memory.allocate_array(Int64, WARPS)
     # What tokens read, of two heads, as left factors: halves, eights, steps, and a lane's two channels of a key, of a query, ...
     size = EIGHTS * (K // STEP) * READ
     reads = memory.allocate_tensor(BFloat16, cute.make_layout(2 * 2 * size), 128)
@@ -168,21 +166,24 @@ def verify(
         )  # fmt: skip
     else:
         slot, live = slot_of(slots, pool, n)
-        request_state(load, fragments, rows, slot, hv, warp, lane)
+        if lane == 0:
+            cute.arch.mbarrier_init(arrived + warp, 1)
+            cute.arch.mbarrier_init_fence()
+        request_state(parts[slot, hv, warp, None], rows[warp, None], arrived + warp, lane)
+        request_values(v_rows, values, n, hv, warp, line, column)
         turn, coming = Int32(0), Int32(0)
         for head in cutlass.range(program, total, programs):
-            request_values(v_rows, values, n, hv, warp, line, column)
             if turn % WARP == 0:  # the slots of the next 32 heads, one a lane, so that none is waited for
                 coming = slots[cutlass.min((head + (lane + 1) * programs) // value_heads, n_rows - 1)]
             buffer = turn % 2
-            cute.arch.cp_async_wait_group(0)  # a thread waits for no other's
             cute.arch.barrier(barrier_id=READ_DONE + buffer, number_of_threads=(WARPS + WAYS) * WARP)
+            cute.arch.mbarrier_wait(arrived + warp, buffer)
 
             # S k and S q, of eight tokens each.
             product = atom(BFloat16)
             found = [[zeros(4) for _ in range(S)] for _ in range(EIGHTS)]
             for x in cutlass.range_constexpr(LOADS):
-                rights = [factors(rows[warp, s, x, lane, None], STEPS, STATE) for s in range(S)]
+                rights = [factors(fragments[warp, line // 2, s, line % 2, x, column, None], STEPS, STATE) for s in range(S)]
                 for step in cutlass.range_constexpr(STEPS):
                     for eight in cutlass.range_constexpr(EIGHTS):
                         lefts = []
@@ -195,7 +196,7 @@ def verify(
             next_n, next_hv = after(n, hv, step_n, step_hv, value_heads)
             next_slot, next_live = within(pool, from_lane(coming, turn % WARP))
             if head + programs < total:
-                request_state(load, fragments, rows, next_slot, next_hv, warp, lane)
+                request_state(parts[next_slot, next_hv, warp, None], rows[warp, None], arrived + warp, lane)
             cute.arch.barrier(barrier_id=SOLVE_DONE + buffer, number_of_threads=(WARPS + 1) * WARP)
 
             # From v - S k to u and o.
@@ -224,6 +225,8 @@ def verify(
                         for eight in cutlass.range_constexpr(earlier, EIGHTS):
                             add(product, found[eight][pair + s], lefts[eight][earlier], right)
                 cute.arch.sync_warp()
+            if head + programs < total:
+                request_values(v_rows, values, next_n, next_hv, warp, line, column)
             if cutlass.const_expr(UPDATE):
                 h = Int32(Int64(hv) * inverse >> 32)
                 if hv == h * group:
@@ -248,13 +251,15 @@ def request_values(v_rows, values, n, hv, warp, line, column):
         cute.autovec_copy(v_rows[n, t, hv, warp, column, None], values[eight, None])
 
 
-def request_state(load, fragments, rows, slot, hv, warp, lane):
-    line, column = lane // 4, lane % 4
-    _, S, LOADS, _, _ = rows.shape
-    for x in range(LOADS):
-        for s in range(S):
-            cute.copy(load, fragments[slot, hv, warp, line // 2, s, line % 2, x, column, None], rows[warp, s, x, lane, None])
-    cute.arch.cp_async_commit_group()
+@cute.jit
+def request_state(part, to, arrived, lane):
+    """A warp's part, when all its lanes are done with what is there."""
+    cute.arch.sync_warp()
+    if lane == 0:
+        bits = cute.size(to) * to.element_type.width
+        load = cute.make_copy_atom(cute.nvgpu.cpasync.CopyBulkG2SOp(), to.element_type, num_bits_per_copy=bits)
+        cute.arch.mbarrier_arrive_and_expect_tx(arrived, bits // 8)
+        cute.copy(load, part, to, mbar_ptr=arrived)
 
 
 def factors(mine, STEPS, STATE):
