@@ -88,7 +88,7 @@ for _name in ("add", "sub", "mul", "truediv"):
         _operator(Float32, f"{_prefix}{_name}__", Float32)
 for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
     _operator(Float32, f"__{_name}__", bool)
-for _name in ("add", "and", "or", "rshift"):
+for _name in ("add", "and", "or", "lshift", "rshift"):
     _operator(Uint32, f"__{_name}__", Uint32)
 
 KINDS = {np.dtype(kind.numpy): kind for kind in (BFloat16, Float32, Uint32, Int32)}
@@ -180,8 +180,10 @@ def _make_rmem_tensor(layout: Layout, dtype: Any) -> Tensor:
 
 
 def _recast(pointer: Pointer, dtype: Any) -> Pointer:
-    assert pointer.offset == 0
-    return Pointer(pointer.memory.view(dtype.numpy), dtype)
+    memory = pointer.memory.view(dtype.numpy)
+    offset, rest = divmod(pointer.offset * memory.size, pointer.memory.size)
+    assert rest == 0
+    return Pointer(memory, dtype, offset)
 
 
 def _copy_elements(source: Tensor, to: Tensor) -> None:
@@ -356,6 +358,7 @@ def _modules() -> dict[str, Any]:
     space = types.SimpleNamespace
     arch = space(
         thread_idx=lambda: (Program.thread, 0, 0),
+        lane_idx=lambda: _lane(),
         block_idx=lambda: (Program.here.index, 0, 0),
         grid_dim=lambda: (Program.here.grid, 1, 1),
         sync_threads=lambda: Program.here.meet("all", Program.here.threads),
@@ -388,6 +391,7 @@ def _modules() -> dict[str, Any]:
         make_tensor=Tensor,
         make_rmem_tensor=_make_rmem_tensor,
         recast_ptr=_recast,
+        FastDivmodDivisorV2=int,
         make_copy_atom=lambda atom, dtype, num_bits_per_copy: atom,
         make_mma_atom=lambda atom: atom,
         mma_atom_call=_multiply,
