@@ -19,9 +19,9 @@ S (d q) + u (k . q) and the new state d S + u k. No bit of a row depends on ROWS
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Float32, Int32
+from cutlass import BFloat16, Float32, Int32, Uint32
 
-from .product import atom, registers, thirds, zeros
+from .product import atom, recast, registers, thirds, zeros
 from .token import (
     TYPES,
     WARP,
@@ -32,6 +32,7 @@ from .token import (
     loaded,
     log_decays,
     numbers_of,
+    of_pairs,
     select,
     shuffled,
     slot_of,
@@ -43,8 +44,10 @@ from .token import (
 
 LANES = 4  # of a row
 LINES = WARP // LANES  # rows of a warp's load
-# Programs on a multiprocessor by the pool's dtype and ROWS: as many as it takes, or as registers let it.
-AT_ONCE = {("bfloat16", 8): 32, ("bfloat16", 16): 32, ("float32", 8): 32, ("float32", 16): 20}
+SIDE_BY_SIDE = 4  # words that a lane loads at once
+# Programs on a multiprocessor: with one token by the pool's dtype and ROWS, with several.
+OF_ONE = {("bfloat16", 8): 28, ("bfloat16", 16): 28, ("float32", 8): 24, ("float32", 16): 18}
+OF_SEVERAL = 12
 
 
 def operands(K, V, STATE, GATE, TOKEN, ROWS, FORM):
@@ -63,13 +66,13 @@ def parts_of(STATE):
     return 3 if STATE == "bfloat16" else 1
 
 
-def pitch_of(K):
+def pitch_of(words):
     """From one row to the next: lanes of a request then meet in no bank."""
-    return K + 32
+    return words + 16
 
 
 def shared_bytes(K, V, STATE, GATE, TOKEN, ROWS, FORM):
-    return 2 * K * 4 + 2 * parts_of(STATE) * pitch_of(K) * TYPES[STATE].width // 8
+    return 2 * K * 4 + 2 * parts_of(STATE) * pitch_of(K * TYPES[STATE].width // 32) * 4
 
 
 @cute.jit
@@ -89,7 +92,13 @@ def launch(
         q, k, v, g, beta, A_log, dt_bias, state, slots, options, accepted, o, states,
         cute.FastDivmodDivisorV2(programs), cute.FastDivmodDivisorV2(value_heads // heads),
         K, V, STATE, GATE, TOKEN, ROWS, FORM,
-    ).launch(grid=[n_rows * programs, 1, 1], block=[WARP, 1, 1], min_blocks_per_mp=AT_ONCE[STATE, ROWS], preferred_smem_carveout=100, stream=stream)  # fmt: skip
+    ).launch(
+        grid=[n_rows * programs, 1, 1],
+        block=[WARP, 1, 1],
+        min_blocks_per_mp=OF_ONE[STATE, ROWS] if FORM == "decode" else OF_SEVERAL,
+        preferred_smem_carveout=100,  # percent; left out, the DSL would ask a device
+        stream=stream,
+    )  # fmt: skip
 
 
 @cute.kernel
@@ -137,10 +146,12 @@ def decode(
             where = slots[n, cutlass.min(cutlass.max(count, 1), tokens) - 1]
         slot, live = within(pool, where)
         live = live & (count > 0) & (count <= tokens)  # another count makes padding
-    SIDE = 128 // TYPES[STATE].width
-    LOADS = K // (LANES * SIDE)
-    s = cute.make_rmem_tensor(cute.make_layout((OWN, LOADS, SIDE), stride=(K // LANES, SIDE, 1)), TYPES[STATE])
-    sources = state_in_loads(state, pool, value_heads, K, V, OWN, SIDE)
+    WORDS = K * TYPES[STATE].width // 32  # of a row of the state
+    LOADS, SIDE = WORDS // (LANES * SIDE_BY_SIDE), K // (WORDS // SIDE_BY_SIDE)
+    s = cute.make_rmem_tensor(
+        cute.make_layout((OWN, LOADS, SIDE_BY_SIDE), stride=(LOADS * SIDE_BY_SIDE, SIDE_BY_SIDE, 1)), word_of(STATE)
+    )
+    sources = in_loads(state, pool, value_heads, V, OWN, WORDS, STATE)
     cute.arch.sync_warp()  # or the assembler would turn the order around
     if live:
         for x in cutlass.range_constexpr(LOADS):
@@ -150,12 +161,12 @@ def decode(
 
     memory = cutlass.utils.SmemAllocator()
     keys, decays = (memory.allocate_tensor(Float32, cute.make_layout(K), 16) for _ in range(2))
-    PARTS, PITCH = parts_of(STATE), pitch_of(K)
-    reads = memory.allocate_tensor(TYPES[STATE], cute.make_layout(2 * PARTS * PITCH), 16)
+    PARTS, PITCH = parts_of(STATE), pitch_of(WORDS)
+    reads = memory.allocate_tensor(word_of(STATE), cute.make_layout(2 * PARTS * PITCH), 16)
     o_rows = in_pieces(o, of_value, V, OWN)
-    targets = state_in_loads(states, n_rows * tokens if FORM == "decode_mtp" else pool, value_heads, K, V, OWN, SIDE)
+    targets = in_loads(states, n_rows * tokens if FORM == "decode_mtp" else pool, value_heads, V, OWN, WORDS, STATE)
     padding = select(live, Int32(0), Int32(tokens))
-    for t in cutlass.range(tokens - padding):
+    for t in cutlass.range(tokens - padding, unroll=1):
         b_q, b_k, b_g, b_v, (b_beta,) = (held(x) for x in token)
         to, there = slot, True
         if cutlass.const_expr(FORM != "decode"):
@@ -172,11 +183,12 @@ def decode(
         write(decay, in_pieces(decays, (), K, EACH)[lane, None])
         for kind, values in enumerate((b_k, b_q)):
             read = [x * y for x, y in zip(values, decay, strict=True)]
-            for i, x in enumerate(thirds(read) if STATE == "bfloat16" else [registers(read, Float32)]):
-                cute.autovec_copy(x, in_pieces(reads, (2 * PARTS,), PITCH, EACH)[kind * PARTS + i, lane, None])
+            for i, words in enumerate(thirds(read) if STATE == "bfloat16" else [read]):
+                to_reads = in_pieces(reads, (2 * PARTS,), PITCH, WORDS // WARP)
+                cute.autovec_copy(registers(words, word_of(STATE)), to_reads[kind * PARTS + i, lane, None])
         cute.arch.sync_warp()
 
-        asked = in_pieces(reads, (2 * PARTS,), PITCH, SIDE)
+        asked = in_pieces(reads, (2 * PARTS,), PITCH, SIDE_BY_SIDE)
         found = (products if STATE == "bfloat16" else sums_of_lanes)(s, asked, lane)
         found = [x + shuffled(x, 1) for x in found]
         of_keys, b_o = [], []
@@ -192,45 +204,65 @@ def decode(
             key = loaded(in_pieces(keys, (), K, SIDE)[x * LANES + column, None])
             decay = loaded(in_pieces(decays, (), K, SIDE)[x * LANES + column, None])
             for i in cutlass.range_constexpr(OWN):
-                row = held(s[i, x, None])
-                write([y * decay[e] + us[i] * key[e] for e, y in enumerate(row)], s[i, x, None])
+                words = [s[i, x, w] for w in range(SIDE_BY_SIDE)]
+                row = of_pairs(words) if STATE == "bfloat16" else words
+                words = words_of([y * decay[e] + us[i] * key[e] for e, y in enumerate(row)], STATE)
+                for w in cutlass.range_constexpr(SIDE_BY_SIDE):
+                    s[i, x, w] = words[w]
                 if there:
                     cute.autovec_copy(s[i, x, None], targets[to, hv, line, i, x, column, None])
 
-    for t in cutlass.range(padding):
+    for t in cutlass.range(padding, unroll=1):
         if column == 0:
             write([Float32(0.0)] * OWN, o_rows[n, t, hv, line, None])
         if cutlass.const_expr(FORM == "decode_mtp"):
+            zero = registers([word_of(STATE)(0)] * SIDE_BY_SIDE, word_of(STATE))
             for x in cutlass.range_constexpr(LOADS):
                 for i in cutlass.range_constexpr(OWN):
-                    write([Float32(0.0)] * SIDE, targets[n * tokens + t, hv, line, i, x, column, None])
+                    cute.autovec_copy(zero, targets[n * tokens + t, hv, line, i, x, column, None])
 
 
-def state_in_loads(x, states, value_heads, K, V, OWN, SIDE):
-    """[states, HV, V, K], of 2^31 numbers and more, as [states, HV, lines, OWN, loads, LANES, SIDE]."""
-    shape = states, value_heads, V // OWN, OWN, K // (LANES * SIDE), LANES, SIDE
-    strides = wide(value_heads, V * K), V * K, OWN * K, K, LANES * SIDE, SIDE, 1
-    return cute.make_tensor(x.iterator, cute.make_layout(shape, stride=strides))
+def word_of(STATE):
+    """How the state is held: as a number, or as a word of two, which loops then keep in one register."""
+    return Uint32 if STATE == "bfloat16" else Float32
+
+
+def in_loads(x, states, value_heads, V, OWN, WORDS, STATE):
+    """[states, HV, V, K], of 2^31 numbers and more, as words [states, HV, lines, OWN, loads, LANES, SIDE_BY_SIDE]."""
+    load = LANES * SIDE_BY_SIDE
+    shape = states, value_heads, V // OWN, OWN, WORDS // load, LANES, SIDE_BY_SIDE
+    strides = wide(value_heads, V * WORDS), V * WORDS, OWN * WORDS, WORDS, load, SIDE_BY_SIDE, 1
+    words = cute.recast_ptr(x.iterator, dtype=word_of(STATE))
+    return cute.make_tensor(words, cute.make_layout(shape, stride=strides))
+
+
+def words_of(values, STATE):
+    """Rounded to the pool's dtype."""
+    if STATE == "float32":
+        return values
+    words = recast(registers([x.to(BFloat16) for x in values], BFloat16), Uint32, len(values) // 2)
+    return [words[i] for i in range(len(values) // 2)]
 
 
 def products(s, reads, lane):
     """On tensor cores; columns 0 to 2 are parts of the first read, 4 to 6 of the second. Lanes 0 and 1 of a row have of
     the first, 2 and 3 of the second what neighbours have to add."""
-    OWN, LOADS, SIDE = s.shape
-    STEPS, PARTS = SIDE // 4, reads.shape[0] // 2
+    OWN, LOADS, _ = s.shape
+    PARTS = reads.shape[0] // 2
     product = atom(BFloat16)
     line, column = lane // LANES, lane % LANES
     row = line // 4 * PARTS + cutlass.min(line % 4, PARTS - 1)  # columns 3 and 7 are not summed
     pairs = [(i, min(i + 1, OWN - 1)) for i in range(0, OWN, 2)]
-    sums = [[zeros(4) for _ in range(STEPS)] for _ in pairs]
+    sums = [[zeros(4) for _ in range(2)] for _ in pairs]
     for x in range(LOADS):
-        read = cute.make_rmem_tensor(cute.make_layout(SIDE), BFloat16)
+        read = cute.make_rmem_tensor(cute.make_layout(SIDE_BY_SIDE), Uint32)
         cute.autovec_copy(reads[row, x * LANES + column, None], read)
-        for step in range(STEPS):
-            right = registers([read[step * 4 + e] for e in range(4)], BFloat16)
+        for step in range(2):
+            two = 2 * step, 2 * step + 1
+            right = recast(registers([read[w] for w in two], Uint32), BFloat16, 4)
             for pair, to in zip(pairs, sums, strict=True):
-                numbers = [s[i, x, step * 4 + half * 2 + e] for half in range(2) for i in pair for e in range(2)]
-                cute.mma_atom_call(product, to[step], registers(numbers, BFloat16), right, to[step])
+                left = recast(registers([s[i, x, w] for w in two for i in pair], Uint32), BFloat16, 8)
+                cute.mma_atom_call(product, to[step], left, right, to[step])
     found = []
     for pair, (first, second) in zip(pairs, sums, strict=True):
         for i in range(min(2, OWN)):
@@ -241,14 +273,14 @@ def products(s, reads, lane):
 
 def sums_of_lanes(s, reads, lane):
     """As products does, of a lane's own numbers."""
-    OWN, LOADS, SIDE = s.shape
+    OWN, LOADS, _ = s.shape
     column = lane % LANES
     sums = [[Float32(0.0)] * OWN for _ in range(2)]
     for x in range(LOADS):
         for kind in range(2):
             read = loaded(reads[kind, x * LANES + column, None])
             for i in range(OWN):
-                for e in range(SIDE):
+                for e in range(SIDE_BY_SIDE):
                     sums[kind][i] = sums[kind][i] + s[i, x, e] * read[e]
     return [
         select(column < 2, x, y) + shuffled(select(column < 2, y, x), 2) for x, y in zip(*sums, strict=True)

@@ -43,13 +43,12 @@ def halves(values, dtype):
 
 
 def thirds(values):
-    """As sums of three bfloat16 numbers, of eight bits each: exact."""
+    """As sums of three bfloat16 numbers, of eight bits each, which is exact; two numbers to a word."""
     parts = []
     for _ in range(3):
-        words = [x.bitcast(Uint32) & Uint32(0xFFFF0000) for x in values]
-        values = [x - y.bitcast(Float32) for x, y in zip(values, words, strict=True)]
-        pairs = [(x >> Uint32(16)) | y for x, y in zip(words[::2], words[1::2], strict=True)]
-        parts.append(recast(registers(pairs, Uint32), BFloat16, len(words)))
+        cut = [x.bitcast(Uint32) & Uint32(0xFFFF0000) for x in values]
+        values = [x - y.bitcast(Float32) for x, y in zip(values, cut, strict=True)]
+        parts.append([(x >> Uint32(16)) | y for x, y in zip(cut[::2], cut[1::2], strict=True)])
     return parts
 
 

@@ -92,13 +92,18 @@ def numbers_of(options):
 
 
 def held(x):
-    """What a lane holds in registers, in float32; of two bfloat16 numbers of a word each takes one instruction."""
+    """What a lane holds in registers, in float32."""
     count = cute.size(x)
     if x.element_type is cutlass.BFloat16 and count % 2 == 0:
         words = cute.make_tensor(cute.recast_ptr(x.iterator, dtype=Uint32), cute.make_layout(count // 2))
-        shifted = [(words[i] << Uint32(16), words[i] & Uint32(0xFFFF0000)) for i in range(count // 2)]
-        return [word.bitcast(Float32) for pair in shifted for word in pair]
+        return of_pairs([words[i] for i in range(count // 2)])
     return [x[i].to(Float32) for i in range(count)]
+
+
+def of_pairs(words):
+    """Pairs of bfloat16 numbers in float32: an instruction for each, where a conversion takes two."""
+    pairs = [(x << Uint32(16), x & Uint32(0xFFFF0000)) for x in words]
+    return [x.bitcast(Float32) for pair in pairs for x in pair]
 
 
 def write(values, x):
