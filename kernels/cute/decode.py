@@ -46,8 +46,8 @@ LANES = 4  # of a row
 LINES = WARP // LANES  # rows of a warp's load
 SIDE_BY_SIDE = 4  # words that a lane loads at once
 # Programs on a multiprocessor: with one token by the pool's dtype and ROWS, with several.
-OF_ONE = {("bfloat16", 8): 28, ("bfloat16", 16): 28, ("float32", 8): 24, ("float32", 16): 18}
-OF_SEVERAL = 12
+OF_ONE = {("bfloat16", 8): 28, ("bfloat16", 16): 28, ("float32", 8): 28, ("float32", 16): 16}
+OF_SEVERAL = {"bfloat16": 12, "float32": 8}
 
 
 def operands(K, V, STATE, GATE, TOKEN, ROWS, FORM):
@@ -95,7 +95,7 @@ def launch(
     ).launch(
         grid=[n_rows * programs, 1, 1],
         block=[WARP, 1, 1],
-        min_blocks_per_mp=OF_ONE[STATE, ROWS] if FORM == "decode" else OF_SEVERAL,
+        min_blocks_per_mp=OF_ONE[STATE, ROWS] if FORM == "decode" else OF_SEVERAL[STATE],
         preferred_smem_carveout=100,  # percent; left out, the DSL would ask a device
         stream=stream,
     )  # fmt: skip
@@ -201,6 +201,8 @@ def decode(
         if column == 0:
             write(os, o_rows[n, t, hv, line, None])
         for x in cutlass.range_constexpr(LOADS):
+            if cutlass.const_expr(FORM != "decode"):
+                cute.arch.sync_warp()  # or the assembler would read all first, into more registers than there are
             key = loaded(in_pieces(keys, (), K, SIDE)[x * LANES + column, None])
             decay = loaded(in_pieces(decays, (), K, SIDE)[x * LANES + column, None])
             for i in cutlass.range_constexpr(OWN):
