@@ -188,31 +188,32 @@ def decode(
                 cute.autovec_copy(registers(words, word_of(STATE)), to_reads[kind * PARTS + i, lane, None])
         cute.arch.sync_warp()
 
-        asked = in_pieces(reads, (2 * PARTS,), PITCH, SIDE_BY_SIDE)
-        found = (products if STATE == "bfloat16" else sums_of_lanes)(s, asked, lane)
-        found = [x + shuffled(x, 1) for x in found]
-        of_keys, b_o = [], []
-        us, os = [], []
-        for value, x in zip(b_v, found, strict=True):
-            other = shuffled(x, 2)
-            u = b_beta * (value - select(column < 2, x, other))
-            us.append(u)
-            os.append(select(column < 2, other, x) + u * kq)
-        if column == 0:
-            write(os, o_rows[n, t, hv, line, None])
-        for x in cutlass.range_constexpr(LOADS):
-            if cutlass.const_expr(FORM != "decode"):
-                cute.arch.sync_warp()  # or the assembler would read all first, into more registers than there are
-            key = loaded(in_pieces(keys, (), K, SIDE)[x * LANES + column, None])
-            decay = loaded(in_pieces(decays, (), K, SIDE)[x * LANES + column, None])
-            for i in cutlass.range_constexpr(OWN):
-                words = [s[i, x, w] for w in range(SIDE_BY_SIDE)]
-                row = of_pairs(words) if STATE == "bfloat16" else words
-                words = words_of([y * decay[e] + us[i] * key[e] for e, y in enumerate(row)], STATE)
-                for w in cutlass.range_constexpr(SIDE_BY_SIDE):
-                    s[i, x, w] = words[w]
-                if there:
-                    cute.autovec_copy(s[i, x, None], targets[to, hv, line, i, x, column, None])
+        # Always so. Not across a branch does the assembler move what waits for the state before what does not.
+        if n_rows > 0:
+            asked = in_pieces(reads, (2 * PARTS,), PITCH, SIDE_BY_SIDE)
+            found = (products if STATE == "bfloat16" else sums_of_lanes)(s, asked, lane)
+            found = [x + shuffled(x, 1) for x in found]
+            us, os = [], []
+            for value, x in zip(b_v, found, strict=True):
+                other = shuffled(x, 2)
+                u = b_beta * (value - select(column < 2, x, other))
+                us.append(u)
+                os.append(select(column < 2, other, x) + u * kq)
+            if column == 0:
+                write(os, o_rows[n, t, hv, line, None])
+            for x in cutlass.range_constexpr(LOADS):
+                if cutlass.const_expr(FORM != "decode"):
+                    cute.arch.sync_warp()  # or the assembler would read all first, into more registers than there are
+                mine = x * LANES + column
+                of_key, of_decay = (loaded(in_pieces(y, (), K, SIDE)[mine, None]) for y in (keys, decays))
+                for i in cutlass.range_constexpr(OWN):
+                    before = [s[i, x, w] for w in range(SIDE_BY_SIDE)]
+                    row = of_pairs(before) if STATE == "bfloat16" else before
+                    after = [cute.math.fma(us[i], of_key[e], y * of_decay[e]) for e, y in enumerate(row)]
+                    for w, word in enumerate(words_of(after, STATE)):
+                        s[i, x, w] = word
+                    if there:
+                        cute.autovec_copy(s[i, x, None], targets[to, hv, line, i, x, column, None])
 
     for t in cutlass.range(padding, unroll=1):
         if column == 0:
