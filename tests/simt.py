@@ -98,6 +98,10 @@ def _function(f: Callable[[Any], Any]) -> Callable[[Number], Float32]:
     return lambda x: Float32(f(np.float32(x.value)))
 
 
+def _fma(x: Number, y: Number, z: Number) -> Float32:
+    return Float32(np.float64(x.value) * np.float64(y.value) + np.float64(z.value))
+
+
 # Arrays in memory.
 
 
@@ -399,7 +403,7 @@ def _modules() -> dict[str, Any]:
         autovec_copy=_copy_elements,
         assume=lambda x, divby: x,
         size=lambda x: x if isinstance(x, int) else math.prod(x.shape),
-        math=space(log=_function(np.log), rsqrt=_function(lambda x: 1 / np.sqrt(x))),
+        math=space(log=_function(np.log), rsqrt=_function(lambda x: 1 / np.sqrt(x)), fma=_fma),
     )
     cutlass = space(
         cute=cute,

@@ -47,7 +47,7 @@ LINES = WARP // LANES  # rows of a warp's load
 SIDE_BY_SIDE = 4  # words that a lane loads at once
 # Programs on a multiprocessor: with one token by the pool's dtype and ROWS, with several.
 OF_ONE = {("bfloat16", 8): 28, ("bfloat16", 16): 28, ("float32", 8): 28, ("float32", 16): 16}
-OF_SEVERAL = {"bfloat16": 12, "float32": 8}
+OF_SEVERAL = 12
 
 
 def operands(K, V, STATE, GATE, TOKEN, ROWS, FORM):
@@ -95,7 +95,7 @@ def launch(
     ).launch(
         grid=[n_rows * programs, 1, 1],
         block=[WARP, 1, 1],
-        min_blocks_per_mp=OF_ONE[STATE, ROWS] if FORM == "decode" else OF_SEVERAL[STATE],
+        min_blocks_per_mp=OF_ONE[STATE, ROWS] if FORM == "decode" else OF_SEVERAL,
         preferred_smem_carveout=100,  # percent; left out, the DSL would ask a device
         stream=stream,
     )  # fmt: skip
