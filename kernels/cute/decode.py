@@ -45,9 +45,6 @@ from .token import (
 LANES = 4  # of a row
 LINES = WARP // LANES  # rows of a warp's load
 SIDE_BY_SIDE = 4  # words that a lane loads at once
-# Programs on a multiprocessor: with one token by the pool's dtype and ROWS, with several.
-OF_ONE = {("bfloat16", 8): 28, ("bfloat16", 16): 28, ("float32", 8): 28, ("float32", 16): 16}
-OF_SEVERAL = 12
 
 
 def operands(K, V, STATE, GATE, TOKEN, ROWS, FORM):
@@ -59,6 +56,13 @@ def operands(K, V, STATE, GATE, TOKEN, ROWS, FORM):
         inputs[8] = ("N T", "int32")
         inputs.append(("N", "int32"))
     return inputs, [o, inputs[7]], {7: 1}
+
+
+def at_once(STATE, ROWS, FORM):
+    """Programs on a multiprocessor; of one token it has as many as have all the memory requests under way that it takes."""
+    if FORM != "decode":
+        return 12
+    return 16 if (STATE, ROWS) == ("float32", 16) else 28
 
 
 def parts_of(STATE):
@@ -95,7 +99,7 @@ def launch(
     ).launch(
         grid=[n_rows * programs, 1, 1],
         block=[WARP, 1, 1],
-        min_blocks_per_mp=OF_ONE[STATE, ROWS] if FORM == "decode" else OF_SEVERAL,
+        min_blocks_per_mp=at_once(STATE, ROWS, FORM),
         preferred_smem_carveout=100,  # percent; left out, the DSL would ask a device
         stream=stream,
     )  # fmt: skip
@@ -285,6 +289,4 @@ def sums_of_lanes(s, reads, lane):
             for i in range(OWN):
                 for e in range(SIDE_BY_SIDE):
                     sums[kind][i] = sums[kind][i] + s[i, x, e] * read[e]
-    return [
-        select(column < 2, x, y) + shuffled(select(column < 2, y, x), 2) for x, y in zip(*sums, strict=True)
-    ]
+    return [select(column < 2, x, y) + shuffled(select(column < 2, y, x), 2) for x, y in zip(*sums, strict=True)]
