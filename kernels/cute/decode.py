@@ -4,16 +4,16 @@
   decode_mtp        the state after each token is an output;
   decode_mtp_paged  the state after each token goes into a slot of its own, and the first comes from one of these.
 
-Bound: memory, V K numbers of state read and T times as many written; in small batches the latency of what has to follow each
-other. Many small programs, in the order of addresses, each with all its state requested at once, read and write fastest. So a
-program is one warp with ROWS rows of one state, in registers from token to token. It requests the slot, the token, which
+Bound: memory, V K numbers of state read and T times as many written; in small batches the latency of what follows each
+other. Many small programs, in the order of addresses, each with all its state requested at once, read and write fastest. So
+a program is one warp with ROWS rows of one state, in registers from token to token. It requests the slot, the token, which
 needs none, and the state, one behind the other, and does what has to do with the token alone while the state is under way.
 
 Four neighbouring lanes have a row, each 16 bytes side by side of every 64. As sums may go over K in any order these are the
-left factor of a product on tensor cores without any movement, if the pool is bfloat16; the right one is what the token asks
-of the state, S (d k) and S (d q) with d the decay, each as a sum of three bfloat16 numbers, which is exact. Of float32
-numbers splitting costs more than multiplying does: a lane sums over its channels. With u = beta (v - S (d k)) the output is
-S (d q) + u (k . q) and the new state d S + u k. No bit of a row depends on ROWS or FORM.
+left factor of a product on tensor cores as they are, if the pool is bfloat16; the right one is what the token asks of the
+state, S (d k) and S (d q) with d the decay, each number as a sum of three bfloat16 numbers, which is exact. Splitting
+float32 numbers takes more instructions than the sums themselves: there a lane sums over its channels. With
+u = beta (v - S (d k)) the output is S (d q) + u (k . q) and the new state d S + u k. No bit of a row depends on ROWS or FORM.
 """
 
 import cuda.bindings.driver as cuda
@@ -59,7 +59,7 @@ def operands(K, V, STATE, GATE, TOKEN, ROWS, FORM):
 
 
 def at_once(STATE, ROWS, FORM):
-    """Programs on a multiprocessor; of one token it has as many as have all the memory requests under way that it takes."""
+    """Programs on a multiprocessor: with 16 rows of float32 they request as much at once as 32 with half of it."""
     if FORM != "decode":
         return 12
     return 16 if (STATE, ROWS) == ("float32", 16) else 28
@@ -271,7 +271,7 @@ def products(s, reads, lane):
                 left = recast(registers([s[i, x, w] for w in two for i in pair], Uint32), BFloat16, 8)
                 cute.mma_atom_call(product, to[step], left, right, to[step])
     found = []
-    for pair, (first, second) in zip(pairs, sums, strict=True):
+    for first, second in sums:
         for i in range(min(2, OWN)):
             x, y = (first[2 * i + e] + second[2 * i + e] for e in range(2))
             found.append(x + select(column % 2 == 0, y, Float32(0.0)))
