@@ -13,7 +13,7 @@ Four neighbouring lanes have a row, each 16 bytes side by side of every 64. As s
 left factor of a product on tensor cores as they are, if the pool is bfloat16; the right one is what the token asks of the
 state, S (d k) and S (d q) with d the decay, each number as a sum of three bfloat16 numbers, which is exact. Splitting
 float32 numbers takes more instructions than the sums themselves: there a lane sums over its channels. With
-u = beta (v - S (d k)) the output is S (d q) + u (k . q) and the new state d S + u k. No bit of a row depends on ROWS or FORM.
+u = beta (v - S (d k)) the output is S (d q) + u (k . q) and the new state d S + u k. No bit depends on ROWS or FORM.
 """
 
 import cuda.bindings.driver as cuda
