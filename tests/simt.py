@@ -88,7 +88,7 @@ for _name in ("add", "sub", "mul", "truediv"):
         _operator(Float32, f"{_prefix}{_name}__", Float32)
 for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
     _operator(Float32, f"__{_name}__", bool)
-for _name in ("add", "and", "or", "rshift"):
+for _name in ("add", "and", "or", "lshift", "rshift"):
     _operator(Uint32, f"__{_name}__", Uint32)
 
 KINDS = {np.dtype(kind.numpy): kind for kind in (BFloat16, Float32, Uint32, Int32)}
@@ -96,6 +96,10 @@ KINDS = {np.dtype(kind.numpy): kind for kind in (BFloat16, Float32, Uint32, Int3
 
 def _function(f: Callable[[Any], Any]) -> Callable[[Number], Float32]:
     return lambda x: Float32(f(np.float32(x.value)))
+
+
+def _fma(x: Number, y: Number, z: Number) -> Float32:
+    return Float32(np.float64(x.value) * np.float64(y.value) + np.float64(z.value))
 
 
 # Arrays in memory.
@@ -184,8 +188,10 @@ def _make_rmem_tensor(layout: Layout, dtype: Any) -> Tensor:
 
 
 def _recast(pointer: Pointer, dtype: Any) -> Pointer:
-    assert pointer.offset == 0
-    return Pointer(pointer.memory.view(dtype.numpy), dtype)
+    memory = pointer.memory.view(dtype.numpy)
+    offset, rest = divmod(pointer.offset * memory.size, pointer.memory.size)
+    assert rest == 0
+    return Pointer(memory, dtype, offset)
 
 
 def _copy_elements(source: Tensor, to: Tensor) -> None:
@@ -363,6 +369,7 @@ def _modules() -> dict[str, Any]:
     space = types.SimpleNamespace
     arch = space(
         thread_idx=lambda: (Program.thread, 0, 0),
+        lane_idx=lambda: _lane(),
         block_idx=lambda: Program.here.index,
         grid_dim=lambda: Program.here.grid,
         sync_threads=lambda: Program.here.meet("all", Program.here.threads),
@@ -398,6 +405,7 @@ def _modules() -> dict[str, Any]:
         make_tensor=Tensor,
         make_rmem_tensor=_make_rmem_tensor,
         recast_ptr=_recast,
+        FastDivmodDivisorV2=int,
         make_copy_atom=lambda atom, dtype, num_bits_per_copy: atom,
         make_mma_atom=lambda atom: atom,
         mma_atom_call=_multiply,
@@ -405,7 +413,7 @@ def _modules() -> dict[str, Any]:
         autovec_copy=_copy_elements,
         assume=lambda x, divby: x,
         size=lambda x: x if isinstance(x, int) else math.prod(x.shape),
-        math=space(log=_function(np.log), rsqrt=_function(lambda x: 1 / np.sqrt(x))),
+        math=space(log=_function(np.log), rsqrt=_function(lambda x: 1 / np.sqrt(x)), fma=_fma),
     )
     cutlass = space(
         cute=cute,

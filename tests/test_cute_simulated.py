@@ -7,7 +7,6 @@ import pytest
 
 from kda_jax._operands import FlushOperands, FlushSpec, PagedOperands, Spec, VerifySpec
 from kda_jax.cute import decode as decode_calls
-from kda_jax.cute import decode_mtp as decode_mtp_calls
 from kda_jax.cute import flush as flush_calls
 from kda_jax.cute import verify as verify_calls
 from kda_jax.testing import oracle
@@ -28,11 +27,10 @@ RING, NO_RING = 0, 1 << 30  # rows from which on there is one
 
 @pytest.fixture(autouse=True)
 def simulated(monkeypatch):
-    for caller in (decode_calls, decode_mtp_calls, verify_calls, flush_calls):
+    for caller in (decode_calls, verify_calls, flush_calls):
         monkeypatch.setattr(caller, "call", simt.call)
-    # So that a program has more tiles than its ring has places; and a warp enough work to be worth its simulation.
-    monkeypatch.setattr(simt.module("stream"), "PROGRAMS", 1)
-    monkeypatch.setattr(decode_mtp_calls, "rows_of", lambda *sizes: 8)
+    monkeypatch.setattr(simt.module("stream"), "PROGRAMS", 1)  # so that a program has more tiles than its ring has places
+    monkeypatch.setattr(decode_calls, "rows_of", lambda *sizes: decode_calls.LARGE)
 
 
 def variants(**changes):
@@ -52,24 +50,23 @@ def variants(**changes):
 
 @variants()
 def test_decode(monkeypatch, case):
-    """Through a ring and without, the same bits."""
+    """With few rows of the state to a program and with many, the same bits."""
     operands, spec, arrays, options, limits = drawn_operands(case, "decode", SLOTS)
     results = []
-    for streamed in (RING, NO_RING):
-        monkeypatch.setattr(decode_calls, "STREAMED", streamed)
+    for rows in (decode_calls.SMALL, decode_calls.LARGE):
+        monkeypatch.setattr(decode_calls, "rows_of", lambda *sizes, rows=rows: rows)
         results.append(decode_calls.decode(operands, Spec(**spec)))
     assert_equal(*results)
     check(results[0], oracle.decode(*arrays, **options), limits)
 
 
-@pytest.mark.parametrize("rows", [decode_mtp_calls.SMALL, 8])
+@pytest.mark.parametrize("rows", [decode_calls.SMALL, decode_calls.LARGE])
 def test_decode_mtp(monkeypatch, rows):
     """Strict: bit for bit as calls of decode, whatever the rows of a warp."""
-    monkeypatch.setattr(decode_calls, "STREAMED", RING)
-    monkeypatch.setattr(decode_mtp_calls, "rows_of", lambda *sizes: rows)
+    monkeypatch.setattr(decode_calls, "rows_of", lambda *sizes: rows)
     case = dataclasses.replace(SMALL, tokens=2, state_dtype="bfloat16")
     operands, spec, arrays, options, limits = drawn_operands(case, "draft", SLOTS)
-    results = decode_mtp_calls.decode_mtp(operands, Spec(**spec))
+    results = decode_calls.decode_mtp(operands, Spec(**spec))
     check(results, oracle.decode_mtp(*arrays, **options), limits)
     state = operands.state
     for t in range(2):
@@ -84,10 +81,10 @@ def test_decode_mtp_paged():
     accepted = np.asarray([2, 1, 1], np.int32)
     case = dataclasses.replace(SMALL, batch=3, tokens=2)
     operands, spec, arrays, options, limits = drawn_operands(case, "draft", slots)
-    results = decode_mtp_calls.decode_mtp_paged(PagedOperands(*operands, accepted), Spec(**spec))
+    results = decode_calls.decode_mtp_paged(PagedOperands(*operands, accepted), Spec(**spec))
     check(results, oracle.decode_mtp(*arrays, **options, num_accepted=accepted), limits)
     outside = np.asarray([0, 3, -1], np.int32)
-    o, state = decode_mtp_calls.decode_mtp_paged(PagedOperands(*operands, outside), Spec(**spec))
+    o, state = decode_calls.decode_mtp_paged(PagedOperands(*operands, outside), Spec(**spec))
     assert not o.any()
     assert_equal(state, operands.state)
 
@@ -134,7 +131,9 @@ def test_gate_parameters_of_each_row():
 def test_threads_that_wait_for_ever_are_found(monkeypatch):
     """So that a kernel that hangs a GPU fails here."""
     monkeypatch.setattr(simt.module("stream"), "leave", lambda ring, i: None)
-    monkeypatch.setattr(decode_calls, "STREAMED", RING)
-    operands, spec, *_ = drawn_operands(SMALL, "decode", SLOTS)
+    monkeypatch.setattr(flush_calls, "STREAMED", RING)
+    operands, _, arrays, *_ = drawn_operands(SMALL, "draft", SLOTS)
+    update = arrays[2], arrays[1], arrays[3]
+    flushed = FlushOperands(*(np.asarray(x, np.float32) for x in update), operands.state, SLOTS[:2], np.ones(2, np.int32))
     with pytest.raises(AssertionError, match="wait for ever"):
-        decode_calls.decode(operands, Spec(**spec))
+        flush_calls.flush(flushed, FlushSpec(None))

@@ -4,7 +4,6 @@ import collections
 import concurrent.futures
 import dataclasses
 import functools
-import itertools
 import json
 import pathlib
 import re
@@ -17,7 +16,7 @@ import pytest
 
 import kda_jax as kda
 from kda_jax._operands import FlushOperands, FlushSpec, PoolOperands, Spec, VerifySpec
-from kda_jax.cute import artifact, compiler, decode, decode_mtp, elf, flush, store, verify
+from kda_jax.cute import artifact, compiler, decode, elf, flush, store, verify
 from kda_jax.cute.__main__ import MANIFEST, build, every_kernel
 from kda_jax.cute.artifact import DamagedArtifactError, Kernel
 from kda_jax.cute.call import ARCHITECTURES
@@ -26,15 +25,22 @@ from .common import DECODE, DECODE_MTP, DECODE_MTP_PAGED, FLUSH, VERIFY, on_cute
 
 CAPABILITIES = {"sm_90a": "9.0", "sm_100a": "10.0"}
 CHOICES = {"K": 128, "V": 128, "STATE": "float32", "GATE": "softplus", "TOKEN": "bfloat16"}
-KERNEL = Kernel("decode", tuple(CHOICES.items()), "sm_90a")
+OF_DECODE = CHOICES | {"ROWS": decode.SMALL, "FORM": "decode"}
+KERNEL = Kernel("decode", tuple(OF_DECODE.items()), "sm_90a")
 FIGURES = {"dsl": "4.8.1", "registers": 72, "stack": 0, "shared": 65568}
 
 
 STREAMING = (2 * 4 + 1) * 32, 2
+
+
+def at_once(choices):
+    source = pytest.importorskip("kda_jax.kernels.cute.decode")
+    return source.at_once(*(choices[name] for name in ("STATE", "ROWS", "FORM")))
+
+
 # The threads of a program, and the programs that are to share a multiprocessor.
 RESIDENT = {
-    "decode": lambda choices: STREAMING,
-    "decode_mtp": lambda choices: (128, 3),
+    "decode": lambda choices: (32, at_once(choices)),
     "verify": lambda choices: (2 * choices["V"], 2),
     "flush": lambda choices: STREAMING if choices["STREAM"] else (128, 4),
 }
@@ -98,13 +104,12 @@ def instructions(kernel, folder, scratch):
     return collections.Counter(word for word in text.replace(";", " ").split() if word[0].isupper())
 
 
-@pytest.mark.parametrize("family", [decode, flush], ids=lambda family: family.KERNEL)
-def test_states_go_through_bulk_copies(built, tmp_path, family):
+def test_states_go_through_bulk_copies(built, tmp_path):
     """Loads of the first tiles and of later ones, one store; and a lane reads its part of a row of the ring at once."""
-    for choices in family.every_choice():
-        if not choices.get("STREAM", True):
+    for choices in flush.every_choice():
+        if not choices["STREAM"]:
             continue
-        counts = instructions(Kernel(family.KERNEL, tuple(choices.items()), "sm_90a"), built, tmp_path)
+        counts = instructions(Kernel("flush", tuple(choices.items()), "sm_90a"), built, tmp_path)
         assert counts["UBLKCP.S.G"] >= 2
         assert counts["UBLKCP.G.S"] >= 1
         bits = choices["K"] // 32 * {"float32": 32, "bfloat16": 16}[choices["STATE"]]
@@ -129,12 +134,17 @@ def test_verify_multiplies_on_tensor_cores(built, tmp_path, state_dtype, arch):
     assert not any(name.startswith("F2F.") for name in counts)
 
 
-def test_states_are_written_16_bytes_at_once(built, tmp_path):
-    """By decode_mtp, from registers: a row of float32 with K = 128 to a store."""
-    for rows, paged in itertools.product((decode_mtp.SMALL, decode_mtp.LARGE[128]), (False, True)):
-        choices = CHOICES | {"ROWS": rows, "PAGED": paged}
-        counts = instructions(Kernel("decode_mtp", tuple(choices.items()), "sm_90a"), built, tmp_path)
-        assert counts["STG.E.128"] == rows <= counts["LDG.E.128"]
+@pytest.mark.parametrize("arch", CAPABILITIES)
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
+def test_decode_reads_and_writes_16_bytes_at_once(built, tmp_path, state_dtype, arch):
+    """From and to registers; bfloat16 numbers are multiplied as they are and rounded in pairs."""
+    for rows in (decode.SMALL, decode.LARGE):
+        choices = OF_DECODE | {"STATE": state_dtype, "ROWS": rows}
+        counts = instructions(Kernel("decode", tuple(choices.items()), arch), built, tmp_path)
+        pieces = rows * 128 * {"float32": 4, "bfloat16": 2}[state_dtype] // 32 // 16
+        assert counts["STG.E.128"] == pieces <= counts["LDG.E.128"]
+        assert counts["HMMA.16816.F32.BF16"] == (128 // 16 if state_dtype == "bfloat16" else 0)
+        assert not any(name.startswith("F2F.") for name in counts)
 
 
 def test_a_second_build_compiles_what_is_missing(built, monkeypatch):
@@ -164,7 +174,7 @@ def decode_call(n, slots):
 def decode_mtp_call(n, slots):
     _, args, spec = decode_call(n, slots)
     tokens = {name: array((n, n + 2, *getattr(args, name).shape[1:]), jnp.bfloat16) for name in ("q", "k", "v", "g", "beta")}
-    return decode_mtp.decode_mtp, args._replace(**tokens), spec
+    return decode.decode_mtp, args._replace(**tokens), spec
 
 
 def verify_call(n, slots):
@@ -187,8 +197,8 @@ def lowered(capability, function, args):
 
 
 CALLS = {
-    "decode": (decode_call, CHOICES),
-    "decode_mtp": (decode_mtp_call, CHOICES | {"ROWS": decode_mtp.SMALL, "PAGED": False}),
+    "decode": (decode_call, OF_DECODE),
+    "decode_mtp": (decode_mtp_call, OF_DECODE | {"FORM": "decode_mtp"}),
     "verify": (verify_call, CHOICES | {"UPDATE": True}),
     "flush": (flush_call, {"K": 128, "V": 128, "STATE": "float32", "STREAM": True}),
 }
@@ -202,7 +212,7 @@ def as_mlir_prints(byte):
 
 
 SIZES = {
-    "decode": ((256, 5), (300, 9)),
+    "decode": ((3, 5), (7, 9)),
     "decode_mtp": ((3, 5), (7, 9)),
     "verify": ((3, 5), (7, 9)),
     "flush": ((256, 5), (300, 9)),
@@ -221,7 +231,8 @@ def test_programs_find_their_kernel_in_the_store(built, empty, no_compiler, monk
     """One object for every number of rows, tokens and slots; the pool is written in place."""
     monkeypatch.setenv("KDA_CUTE_STORE", str(built))
     call, choices = CALLS[name]
-    key = artifact.read(Kernel(name, tuple(choices.items()), arch), built).key
+    kernel = "decode" if "FORM" in choices else name
+    key = artifact.read(Kernel(kernel, tuple(choices.items()), arch), built).key
     escaped = "".join(map(as_mlir_prints, key))
     for sizes in SIZES[name]:
         function, args, spec = call(*sizes)
@@ -320,7 +331,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(empty, monkeypatch):
 def test_what_changes_the_object_changes_its_name(monkeypatch):
     others = {KERNEL.filename}
     others |= {dataclasses.replace(KERNEL, arch="sm_100a").filename, dataclasses.replace(KERNEL, host="aarch64").filename}
-    others |= {dataclasses.replace(KERNEL, choices=tuple((CHOICES | {"K": 64, "V": 64}).items())).filename}
+    others |= {dataclasses.replace(KERNEL, choices=tuple((OF_DECODE | {"K": 64, "V": 64}).items())).filename}
     monkeypatch.setattr(artifact, "source_digest", lambda: "of another source")
     assert len(others | {KERNEL.filename}) == 5
 
@@ -342,4 +353,4 @@ def test_writers_at_the_same_time_leave_a_whole_file(tmp_path):
 def test_the_compiler_s_refusal_is_passed_on(monkeypatch):
     pytest.importorskip("cutlass")
     with pytest.raises(compiler.CompilationError, match=r"(?s)STATE=float8.*Traceback.*float8"):
-        compiler.compile_all([dataclasses.replace(KERNEL, choices=tuple((CHOICES | {"STATE": "float8"}).items()))])
+        compiler.compile_all([dataclasses.replace(KERNEL, choices=tuple((OF_DECODE | {"STATE": "float8"}).items()))])

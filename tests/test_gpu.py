@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import kda_jax as kda
-from kda_jax.cute import decode_mtp
+from kda_jax.cute import decode
 from kda_jax.testing import cases, oracle, tolerance
 
 from .common import (
@@ -169,7 +169,7 @@ def test_a_row_s_bits_are_those_of_either_tile():
     call = on_cute(DECODE_MTP)
     everyone = on_gpu(call, batch=40, pool_size=40)
     few = {name: x if name in ("state", "gate") else rows(x, slice(3)) for name, x in everyone.items()}
-    assert [decode_mtp.rows_of(4 * n, 128, 128) for n in (3, 40)] == [decode_mtp.SMALL, decode_mtp.LARGE[128]]
+    assert [decode.rows_of(4 * n, 128) for n in (3, 40)] == [decode.SMALL, decode.LARGE]
     assert_equal(call(few), rows(call(everyone), slice(3)))
 
 

@@ -7,11 +7,11 @@ import json
 import os
 import pathlib
 
-from kda_jax.cute import artifact, compiler, decode, decode_mtp, flush, store, verify
+from kda_jax.cute import artifact, compiler, decode, flush, store, verify
 from kda_jax.cute.artifact import DamagedArtifactError, Kernel
 from kda_jax.cute.call import ARCHITECTURES
 
-FAMILIES = (decode, decode_mtp, flush, verify)
+FAMILIES = (decode, flush, verify)
 MANIFEST = "manifest.json"
 
 

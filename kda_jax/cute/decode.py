@@ -1,44 +1,56 @@
-"""decode on CuTe."""
+"""decode and both forms of decode_mtp on CuTe: one kernel."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
 
 from kda_jax._operands import PagedOperands, PoolOperands, Spec
-from kda_jax.cute import decode_mtp
-from kda_jax.cute.call import call, slots_of, token_choices, token_operands, token_output
+from kda_jax.cute.call import call, token_choices, token_operands, token_output
 
 KERNEL = "decode"
-STREAMED = 1024  # (row, value head) pairs from which on they go through a ring; below, each would see but a tile or two
+FORMS = "decode", "decode_mtp", "decode_mtp_paged"
+SMALL, LARGE = 8, 16  # rows of the state to a program; the former while there are too few for all multiprocessors
+PROGRAMS = 8 * 132
 
 
 def every_choice() -> Iterator[dict[str, Any]]:
-    """All kernels that may be asked for; with fewer rows, decode_mtp's."""
-    return token_choices()
+    """All kernels that may be asked for."""
+    for choices, rows, form in itertools.product(token_choices(), (SMALL, LARGE), FORMS):
+        yield choices | {"ROWS": rows, "FORM": form}
+
+
+def rows_of(heads: int, v_dim: int) -> int:
+    return LARGE if heads * v_dim // LARGE >= PROGRAMS else SMALL
 
 
 def decode(args: PoolOperands, spec: Spec) -> tuple[jax.Array, ...]:
-    rows, value_heads, _ = args.v.shape
-    if rows * value_heads < STREAMED:
-        return _as_one_draft(args, spec)
-    choices, operands = token_operands(args, spec)
+    return _in_pool("decode", args, spec)
+
+
+def decode_mtp(args: PoolOperands, spec: Spec) -> tuple[jax.Array, ...]:
+    choices, operands = _given("decode_mtp", args, spec)
+    like = jax.ShapeDtypeStruct((*args.v.shape[:2], *args.state.shape[1:]), args.state.dtype)
+    o, states = call(KERNEL, choices, operands, (token_output(args, choices), like))
+    return o.astype(args.v.dtype), states
+
+
+def decode_mtp_paged(args: PagedOperands, spec: Spec) -> tuple[jax.Array, ...]:
+    return _in_pool("decode_mtp_paged", args, spec, args.num_accepted)
+
+
+def _in_pool(form: str, args: PoolOperands | PagedOperands, spec: Spec, *others: Any) -> tuple[jax.Array, ...]:
+    choices, operands = _given(form, args, spec)
     state = jax.ShapeDtypeStruct(args.state.shape, args.state.dtype)
     in_place = {PoolOperands._fields.index("state"): 1}
-    o, pool = call(KERNEL, choices, operands, (token_output(args, choices), state), in_place)
+    o, pool = call(KERNEL, choices, [*operands, *others], (token_output(args, choices), state), in_place)
     return o.astype(args.v.dtype), pool
 
 
-def _as_one_draft(args: PoolOperands, spec: Spec) -> tuple[jax.Array, ...]:
-    """A draft of one token whose one page is the slot it starts from: the same bits."""
-    rows = args.v.shape[0]
-    slots = slots_of(args.state_indices, rows)
-    token = {name: getattr(args, name)[:, None] for name in ("q", "k", "v", "g", "beta")}
-    draft = PagedOperands(
-        **args._asdict() | token | {"state_indices": slots[:, None], "num_accepted": np.ones(rows, np.int32)}
-    )
-    o, pool = decode_mtp.decode_mtp_paged(draft, spec)
-    return o[:, 0], pool
+def _given(form: str, args: PoolOperands | PagedOperands, spec: Spec) -> tuple[dict[str, Any], list[Any]]:
+    choices, operands = token_operands(args, spec)
+    heads = args.v.shape[0] * args.v.shape[-2]
+    return choices | {"ROWS": rows_of(heads, args.v.shape[-1]), "FORM": form}, operands

@@ -23,9 +23,12 @@ from .token import (
     exp,
     held,
     holder,
+    in_pieces,
+    in_words,
     loaded,
     log_decays,
     numbers_of,
+    of_words,
     select,
     sigmoid,
     slot_of,
@@ -80,7 +83,8 @@ def drafts(
     """What a warp of tokens does: its channels of each of the program's heads; and every so many heads the matrices."""
     n_rows, tokens, value_heads, WAYS = q.shape[0], q.shape[1], g.shape[2], ways_of(K)
     each = K // WARP // WAYS
-    raw = cute.make_rmem_tensor(cute.make_layout((TOKENS, 3, each), stride=(3 * each, each, 1)), q.element_type)
+    words = each * q.element_type.width // 32
+    raw = cute.make_rmem_tensor(cute.make_layout((TOKENS, 3, words), stride=(3 * words, words, 1)), in_words(q).element_type)
     gate = cute.make_rmem_tensor(cute.make_layout(1 + each), Float32)  # A_log, dt_bias
     betas = cute.make_rmem_tensor(cute.make_layout(1), beta.element_type)
     request_tokens(q, k, g, beta, A_log, dt_bias, raw, gate, betas, n, hv, inverse, way, lane, K, TOKENS)
@@ -125,8 +129,12 @@ def request_tokens(
     n_rows, tokens, heads, value_heads, WAYS = q.shape[0], q.shape[1], q.shape[2], g.shape[2], ways_of(K)
     h = Int32(Int64(hv) * inverse >> 32)
     betas[0] = beta[n, cutlass.min(lane, tokens - 1), hv]
-    q_lanes, k_lanes = (by_lane(x, (n_rows, tokens, heads, WAYS), K // WAYS)[n, None, h, way, lane, None] for x in (q, k))
-    g_lanes = by_lane(g, (n_rows, tokens, value_heads, WAYS), K // WAYS)[n, None, hv, way, lane, None]
+    words = raw.shape[2]
+    of_query, of_value = ((n_rows, tokens, count, WAYS) for count in (heads, value_heads))
+    lanes = [
+        in_pieces(in_words(x), lead, words * WARP, words)[n, None, head, way, lane, None]
+        for x, lead, head in ((q, of_query, h), (k, of_query, h), (g, of_value, hv))
+    ]
     # Gate parameters that all rows share have one row.
     gate[0] = A_log[cutlass.min(n, A_log.shape[0] - 1), hv]
     bias = by_lane(dt_bias, (dt_bias.shape[0], value_heads, WAYS), K // WAYS)
@@ -136,7 +144,7 @@ def request_tokens(
     for first in cutlass.range_constexpr(0, TOKENS, 2):
         if first < tokens:
             for t in cutlass.range_constexpr(first, first + 2):
-                for i, x in enumerate((q_lanes, k_lanes, g_lanes)):
+                for i, x in enumerate(lanes):
                     cute.autovec_copy(x[cutlass.min(t, tokens - 1), None], raw[t, i, None])
 
 
@@ -144,7 +152,7 @@ def request_tokens(
 def prepare(raw: cute.Tensor, gate: cute.Tensor, options, tokens, lane, reads: cute.Tensor, dots: cute.Tensor, g_out,
             live, GATE: cutlass.Constexpr, TOKENS: cutlass.Constexpr):  # fmt: skip
     """A warp's part: of ``raw`` [T, 3, channels] q, k and g of a lane, writes ``reads`` and sums of ``dots``."""
-    each = raw.shape[2]
+    each = cute.size(gate) - 1
     rate, *bias = held(gate)
     from_state = cute.make_rmem_tensor(cute.make_layout(each), Float32)
     keys = cute.make_rmem_tensor(cute.make_layout((TOKENS, each), stride=(each, 1)), Float32)
@@ -153,7 +161,7 @@ def prepare(raw: cute.Tensor, gate: cute.Tensor, options, tokens, lane, reads: c
         if first < tokens:
             links, own, at = [], [], count(first)
             for t in cutlass.range_constexpr(first, first + 2):
-                q, k, g = (held(raw[t, x, None]) for x in range(3))
+                q, k, g = (of_words(raw[t, x, None]) for x in range(3))
                 log_decay = log_decays(g, rate, bias, options, GATE)
                 if cutlass.const_expr(g_out is not None):
                     if t < tokens:

@@ -7,7 +7,7 @@ and not 5 n. A value's sum has the same order whatever n is, so kernels of other
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64
+from cutlass import Float32, Int32, Int64, Uint32
 
 WARP = 32
 SCALE, LOWER_BOUND, L2NORM, L2NORM_EPS, SIGMOID, BETA_RANGE, LINEAR_ABOVE = range(7)  # of the array of options
@@ -53,25 +53,33 @@ def from_lane(x, lane):
     return cute.arch.shuffle_sync(x, lane)
 
 
-def total(x):
-    for offset in (16, 8, 4, 2, 1):
-        x = x + shuffled(x, offset)
-    return x
-
-
 def wide(n, size):
     """n * size as a stride of arrays of 2^31 numbers and more, in pieces of ``size`` that stay aligned."""
     return cute.assume(Int64(n) * size, divby=size)
 
 
-def by_lane(x, lead, channels):
-    """``x`` [..., K] as [..., 32, K / 32], rows of whatever lies before K; its numbers are fewer than 2^31."""
-    each = channels // WARP
+def in_pieces(x, lead, channels, each):
+    """``x`` [..., K] as [..., K / each, each], rows of whatever lies before K; its numbers are fewer than 2^31."""
     strides, size = [], channels
     for n in reversed(lead):
         strides.insert(0, size)
         size = size * n
-    return cute.make_tensor(x.iterator, cute.make_layout((*lead, WARP, each), stride=(*strides, each, 1)))
+    return cute.make_tensor(x.iterator, cute.make_layout((*lead, channels // each, each), stride=(*strides, each, 1)))
+
+
+def in_words(x):
+    """What a lane holds of an array from request to use as 32-bit words: halves of them would be taken apart on arrival."""
+    return x if x.element_type is Float32 else cute.make_tensor(cute.recast_ptr(x.iterator, dtype=Uint32), cute.make_layout(1))
+
+
+def of_words(x):
+    words = [x[i] for i in range(cute.size(x))]
+    return words if x.element_type is Float32 else of_pairs(words)
+
+
+def by_lane(x, lead, channels):
+    """``x`` [..., K] as [..., 32, K / 32]."""
+    return in_pieces(x, lead, channels, channels // WARP)
 
 
 def loaded(x):
@@ -95,7 +103,17 @@ def numbers_of(options):
 
 def held(x):
     """What a lane holds in registers, in float32."""
-    return [x[i].to(Float32) for i in range(cute.size(x))]
+    count = cute.size(x)
+    if x.element_type is cutlass.BFloat16 and count % 2 == 0:
+        words = cute.make_tensor(cute.recast_ptr(x.iterator, dtype=Uint32), cute.make_layout(count // 2))
+        return of_pairs([words[i] for i in range(count // 2)])
+    return [x[i].to(Float32) for i in range(count)]
+
+
+def of_pairs(words):
+    """Pairs of bfloat16 numbers in float32: an instruction for each, where a conversion takes two."""
+    pairs = [(x << Uint32(16), x & Uint32(0xFFFF0000)) for x in words]
+    return [x.bitcast(Float32) for pair in pairs for x in pair]
 
 
 def write(values, x):
@@ -139,9 +157,9 @@ def log_decays(g, A_log, dt_bias, options, GATE):
 
 def activated(q, k, beta, options):
     """q, normalised and scaled; k, normalised; beta; and the dot of both. Options are numbers: one binary serves all."""
-    qq = total(dot(q, q))
-    kk = total(dot(k, k))
-    qk = total(dot(q, k))
+    pairs = (q, q), (k, k), (q, k), (k, k)  # four, as sums takes a power of two
+    found = sums([dot(x, y) for x, y in pairs], cute.arch.lane_idx())
+    qq, kk, qk = (from_lane(found, holder(j, len(pairs))) for j in range(3))
     normed = options[L2NORM] != 0.0
     of_q = select(normed, cute.math.rsqrt(qq + options[L2NORM_EPS]), Float32(1.0)) * options[SCALE]
     of_k = select(normed, cute.math.rsqrt(kk + options[L2NORM_EPS]), Float32(1.0))
@@ -154,25 +172,6 @@ def dot(x, y):
     for a, b in zip(x[1:], y[1:], strict=True):
         found = found + a * b
     return found
-
-
-def step(rows, decay, q, k, kq, beta, v, lane):
-    """One token on a warp's 8 or 16 rows of the state: the new rows, and the outputs in the upper sixteen lanes.
-
-    ``v`` of a row is in the lanes that hold its sums: ``own_row``. Of these the lower come to hold the sum with k, the
-    upper that with q.
-    """
-    rows = [[x * y for x, y in zip(row, decay, strict=True)] for row in rows]
-    found = sums([dot(row, k) for row in rows] + [dot(row, q) for row in rows], lane)
-    u = beta * (v - found)
-    o = found + shuffled(u, 16) * kq
-    updates = [from_lane(u, holder(j, 2 * len(rows))) for j in range(len(rows))]
-    return [[x + u * y for x, y in zip(row, k, strict=True)] for u, row in zip(updates, rows, strict=True)], o
-
-
-def own_row(lane, count):
-    """Which of a warp's ``count`` rows a lane holds sums of."""
-    return lane % 16 // (16 // count)
 
 
 def slot_of(slots, pool, n):

@@ -24,7 +24,10 @@ from .token import (
     WARP,
     from_lane,
     held,
+    in_pieces,
+    in_words,
     loaded,
+    of_words,
     select,
     slot_of,
     token_inputs,
@@ -145,10 +148,11 @@ def verify(
     )
     of_tokens = memory.allocate_tensor(Float32, cute.make_layout((2, 3, TOKENS), stride=(3 * TOKENS, TOKENS, 1)), 16)
     # A lane has one of every eight tokens' v, u and o.
-    shape = n_rows, tokens, value_heads, WARPS, 4, 2 * S
-    strides = tokens * value_heads * V, value_heads * V, V, S * EIGHT, 2 * S, 1
-    v_rows, o_rows, u_rows = (cute.make_tensor(x.iterator, cute.make_layout(shape, stride=strides)) for x in (v, o, u))
-    values = cute.make_rmem_tensor(cute.make_layout((EIGHTS, 2 * S), stride=(2 * S, 1)), v.element_type)
+    lead = n_rows, tokens, value_heads, WARPS
+    o_rows, u_rows = (in_pieces(x, lead, S * EIGHT, 2 * S) for x in (o, u))
+    words = 2 * S * v.element_type.width // 32
+    v_rows = in_pieces(in_words(v), lead, 4 * words, words)
+    values = cute.make_rmem_tensor(cute.make_layout((EIGHTS, words), stride=(words, 1)), v_rows.element_type)
     # v - S k of 16 rows, which goes from lanes of a token to lanes of a row.
     shape, strides = (WARPS, EIGHTS, EIGHT, EIGHT, 2), (EIGHTS * EIGHT * MISSING, EIGHT * MISSING, MISSING, 2, 1)
     missing = memory.allocate_tensor(Float32, cute.make_layout(shape, stride=strides), 16)
@@ -209,10 +213,11 @@ def verify(
                 for eight in cutlass.range_constexpr(EIGHTS):
                     t = eight * EIGHT + line
                     of_k, of_q = (of_tokens[buffer, i, t] for i in range(2))
+                    b_v = of_words(values[eight, None])
                     for e in cutlass.range_constexpr(2):
                         some = []
                         for s in cutlass.range_constexpr(pair, pair + 2):
-                            x = values[eight, 2 * s + e].to(Float32) - of_k * found[eight][s][e]
+                            x = b_v[2 * s + e] - of_k * found[eight][s][e]
                             some.append(select(t < tokens, x, Float32(0.0)))
                             found[eight][s][e] = Float32(0.0)
                             found[eight][s][2 + e] = of_q * found[eight][s][2 + e]
