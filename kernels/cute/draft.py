@@ -86,12 +86,12 @@ def drafts(
     words = each * q.element_type.width // 32
     raw = cute.make_rmem_tensor(cute.make_layout((TOKENS, 3, words), stride=(3 * words, words, 1)), in_words(q).element_type)
     gate = cute.make_rmem_tensor(cute.make_layout(1 + each), Float32)  # A_log, dt_bias
-    betas = cute.make_rmem_tensor(cute.make_layout(1), beta.element_type)
-    request_tokens(q, k, g, beta, A_log, dt_bias, raw, gate, betas, n, hv, inverse, way, lane, K, TOKENS)
+    request_tokens(q, k, g, A_log, dt_bias, raw, gate, n, hv, inverse, way, lane, K, TOKENS)
     chosen = numbers_of(options)
     turn = Int32(0)
     while n < n_rows:
         buffer = turn % 2
+        b_beta = beta[n, cutlass.min(lane, tokens - 1), hv]
         if turn > 1:
             cute.arch.barrier(barrier_id=FREE + buffer, number_of_threads=(WARPS + WAYS) * WARP)
         g_out_lanes, live = None, True
@@ -102,17 +102,16 @@ def drafts(
         to = reads[buffer, None, None, None, None]
         prepare(raw, gate, chosen, tokens, lane, to, dots[buffer, way, None], g_out_lanes, live, GATE, TOKENS)
         cute.arch.barrier_arrive(barrier_id=READ_DONE + buffer, number_of_threads=(WARPS + WAYS) * WARP)
-        b_beta = betas[0].to(Float32)
         n, hv = after(n, hv, step_n, step_hv, value_heads)
         if n < n_rows:
-            request_tokens(q, k, g, beta, A_log, dt_bias, raw, gate, betas, n, hv, inverse, way, lane, K, TOKENS)
+            request_tokens(q, k, g, A_log, dt_bias, raw, gate, n, hv, inverse, way, lane, K, TOKENS)
         if cutlass.const_expr(WAYS > 1):
             cute.arch.barrier(barrier_id=DOTS_DONE, number_of_threads=WAYS * WARP)
         else:
             cute.arch.sync_warp()
         if turn % WAYS == way:
             solve(
-                dots[buffer, None, None], b_beta, chosen, tokens, lane, solved[buffer, None, None, None, None, None],
+                dots[buffer, None, None], b_beta.to(Float32), chosen, tokens, lane, solved[buffer, None, None, None, None, None],
                 factors[buffer, None, None], TOKENS,
             )  # fmt: skip
             cute.arch.barrier_arrive(barrier_id=SOLVE_DONE + buffer, number_of_threads=(WARPS + 1) * WARP)
@@ -121,14 +120,12 @@ def drafts(
 
 @cute.jit
 def request_tokens(
-    q: cute.Tensor, k: cute.Tensor, g: cute.Tensor, beta: cute.Tensor, A_log: cute.Tensor, dt_bias: cute.Tensor,
-    raw: cute.Tensor, gate: cute.Tensor, betas: cute.Tensor, n, hv, inverse, way, lane,
-    K: cutlass.Constexpr, TOKENS: cutlass.Constexpr,
+    q: cute.Tensor, k: cute.Tensor, g: cute.Tensor, A_log: cute.Tensor, dt_bias: cute.Tensor, raw: cute.Tensor,
+    gate: cute.Tensor, n, hv, inverse, way, lane, K: cutlass.Constexpr, TOKENS: cutlass.Constexpr,
 ):  # fmt: skip
-    """A lane's channels of a row's tokens, its gate's parameters, and one token's beta, into registers."""
+    """A lane's channels of a row's tokens and of its gate's parameters, into registers."""
     n_rows, tokens, heads, value_heads, WAYS = q.shape[0], q.shape[1], q.shape[2], g.shape[2], ways_of(K)
     h = Int32(Int64(hv) * inverse >> 32)
-    betas[0] = beta[n, cutlass.min(lane, tokens - 1), hv]
     words = raw.shape[2]
     of_query, of_value = ((n_rows, tokens, count, WAYS) for count in (heads, value_heads))
     lanes = [
