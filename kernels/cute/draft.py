@@ -38,6 +38,7 @@ from .token import (
 
 
 EIGHT = 8  # tokens of a product
+AT_MOST = 16  # dots that are summed at once
 # Barriers, but for the first each of two heads: what is written of a head's tokens, and read.
 DOTS_DONE, READ_DONE, SOLVE_DONE, FREE = 1, 2, 4, 6
 
@@ -168,15 +169,22 @@ def prepare(raw: cute.Tensor, gate: cute.Tensor, options, tokens, lane, reads: c
                 read = [x * from_state[e] for token in (k, q) for e, x in enumerate(token)]
                 for part, some in enumerate(halves(read, BFloat16)):
                     cute.autovec_copy(some, reads[part, t // EIGHT, t % EIGHT, None])
-                store_sums(links, lane, dots, at)  # before there are more, which would take registers
-                at, links = at + len(links), []
                 for i in cutlass.range_constexpr(t):
                     key = [x * y for x, y in zip(held(keys[i, None]), decay, strict=True)]
                     write(key, keys[i, None])
                     links += [dot(k, key), dot(q, key)]
+                    links, at = store_full(links, lane, dots, at)
                 write(k, keys[t, None])
                 own += [dot(q, q), dot(k, k), dot(q, k)]
             store_sums(links + own, lane, dots, at)
+
+
+def store_full(values, lane, dots, first):
+    """Sums of AT_MOST values, if there are as many: more at once would take registers."""
+    if len(values) < AT_MOST:
+        return values, first
+    store_sums(values, lane, dots, first)
+    return [], first + AT_MOST
 
 
 def store_sums(values, lane, dots, first):
