@@ -273,7 +273,7 @@ def decode(
 
 
 def word_of(STATE):
-    """How the state is held: as a number, or as a word of two, which loops then keep in one register."""
+    """What the state is held in: numbers, or words of two."""
     return Uint32 if STATE == "bfloat16" else Float32
 
 
