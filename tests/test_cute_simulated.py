@@ -30,7 +30,6 @@ def simulated(monkeypatch):
     for caller in (decode_calls, verify_calls, flush_calls):
         monkeypatch.setattr(caller, "call", simt.call)
     monkeypatch.setattr(simt.module("stream"), "PROGRAMS", 1)  # so that a program has more tiles than its ring has places
-    monkeypatch.setattr(decode_calls, "rows_of", lambda *sizes: decode_calls.LARGE)
 
 
 def variants(**changes):
@@ -49,27 +48,20 @@ def variants(**changes):
 
 
 @variants()
-def test_decode(monkeypatch, case):
-    """With few rows of the state to a program and with many, the same bits."""
+def test_decode(case):
     operands, spec, arrays, options, limits = drawn_operands(case, "decode", SLOTS)
-    results = []
-    for rows in (decode_calls.SMALL, decode_calls.LARGE):
-        monkeypatch.setattr(decode_calls, "rows_of", lambda *sizes, rows=rows: rows)
-        results.append(decode_calls.decode(operands, Spec(**spec)))
-    assert_equal(*results)
-    check(results[0], oracle.decode(*arrays, **options), limits)
+    check(decode_calls.decode(operands, Spec(**spec)), oracle.decode(*arrays, **options), limits)
 
 
-@pytest.mark.parametrize("rows", [decode_calls.SMALL, decode_calls.LARGE])
-def test_decode_mtp(monkeypatch, rows):
-    """Strict: bit for bit as calls of decode, whatever the rows of a warp."""
-    monkeypatch.setattr(decode_calls, "rows_of", lambda *sizes: rows)
-    case = dataclasses.replace(SMALL, tokens=2, state_dtype="bfloat16")
+@pytest.mark.parametrize("state_dtype", ["bfloat16", "float32"])
+def test_decode_mtp(state_dtype):
+    """Strict: bit for bit as calls of decode."""
+    case = dataclasses.replace(SMALL, tokens=3, state_dtype=state_dtype)
     operands, spec, arrays, options, limits = drawn_operands(case, "draft", SLOTS)
     results = decode_calls.decode_mtp(operands, Spec(**spec))
     check(results, oracle.decode_mtp(*arrays, **options), limits)
     state = operands.state
-    for t in range(2):
+    for t in range(3):
         token = operands._replace(**{name: getattr(operands, name)[:, t] for name in ("q", "k", "v", "g", "beta")})
         o, state = decode_calls.decode(token._replace(state=state), Spec(**spec))
         assert_equal(o, results[0][:, t])

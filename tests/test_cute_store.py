@@ -25,7 +25,7 @@ from .common import DECODE, DECODE_MTP, DECODE_MTP_PAGED, FLUSH, VERIFY, on_cute
 
 CAPABILITIES = {"sm_90a": "9.0", "sm_100a": "10.0"}
 CHOICES = {"K": 128, "V": 128, "STATE": "float32", "GATE": "softplus", "TOKEN": "bfloat16"}
-OF_DECODE = CHOICES | {"ROWS": decode.SMALL, "FORM": "decode"}
+OF_DECODE = CHOICES | {"FORM": "decode"}
 KERNEL = Kernel("decode", tuple(OF_DECODE.items()), "sm_90a")
 FIGURES = {"dsl": "4.8.1", "registers": 72, "stack": 0, "shared": 65568}
 
@@ -35,7 +35,7 @@ STREAMING = (2 * 4 + 1) * 32, 2
 
 def at_once(choices):
     source = pytest.importorskip("kda_jax.kernels.cute.decode")
-    return source.at_once(*(choices[name] for name in ("STATE", "ROWS", "FORM")))
+    return source.at_once(choices["FORM"])
 
 
 # The threads of a program, and the programs that are to share a multiprocessor.
@@ -136,13 +136,12 @@ def test_verify_multiplies_on_tensor_cores(built, tmp_path, state_dtype, arch):
 
 @pytest.mark.parametrize("arch", CAPABILITIES)
 @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
-def test_decode_reads_and_writes_16_bytes_at_once(built, tmp_path, state_dtype, arch):
-    """From and to registers; bfloat16 numbers are multiplied as they are and rounded in pairs."""
-    for rows in (decode.SMALL, decode.LARGE):
-        choices = OF_DECODE | {"STATE": state_dtype, "ROWS": rows}
+def test_decode_has_its_state_by_one_copy(built, tmp_path, state_dtype, arch):
+    """And one back; bfloat16 numbers are multiplied as they are and rounded in pairs."""
+    for form in decode.FORMS:
+        choices = OF_DECODE | {"STATE": state_dtype, "FORM": form}
         counts = instructions(Kernel("decode", tuple(choices.items()), arch), built, tmp_path)
-        pieces = rows * 128 * {"float32": 4, "bfloat16": 2}[state_dtype] // 32 // 16
-        assert counts["STG.E.128"] == pieces <= counts["LDG.E.128"]
+        assert counts["UBLKCP.S.G"] == counts["UBLKCP.G.S"] == 1
         assert counts["HMMA.16816.F32.BF16"] == (128 // 16 if state_dtype == "bfloat16" else 0)
         assert not any(name.startswith("F2F.") for name in counts)
 

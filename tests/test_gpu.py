@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 import kda_jax as kda
-from kda_jax.cute import decode
 from kda_jax.testing import cases, oracle, tolerance
 
 from .common import (
@@ -161,16 +160,6 @@ def test_decode_mtp_is_decode_token_by_token(gate, dtype, state_dtype, implement
         assert_equal(one, o[:, t])
         assert_equal(state[:3], states[:, t])
         assert_equal(paged[1][slots[:, t]], states[:, t])
-
-
-@needs_cute
-def test_a_row_s_bits_are_those_of_either_tile():
-    """decode_mtp on CuTe takes larger ones of many rows than of few."""
-    call = on_cute(DECODE_MTP)
-    everyone = on_gpu(call, batch=40, pool_size=40)
-    few = {name: x if name in ("state", "gate") else rows(x, slice(3)) for name, x in everyone.items()}
-    assert [decode.rows_of(4 * n, 128) for n in (3, 40)] == [decode.SMALL, decode.LARGE]
-    assert_equal(call(few), rows(call(everyone), slice(3)))
 
 
 @pytest.mark.parametrize(

@@ -13,18 +13,12 @@ from kda_jax.cute.call import call, token_choices, token_operands, token_output
 
 KERNEL = "decode"
 FORMS = "decode", "decode_mtp", "decode_mtp_paged"
-SMALL, LARGE = 8, 16  # rows of the state to a program; the former while there are too few for all multiprocessors
-PROGRAMS = 8 * 132
 
 
 def every_choice() -> Iterator[dict[str, Any]]:
     """All kernels that may be asked for."""
-    for choices, rows, form in itertools.product(token_choices(), (SMALL, LARGE), FORMS):
-        yield choices | {"ROWS": rows, "FORM": form}
-
-
-def rows_of(heads: int, v_dim: int) -> int:
-    return LARGE if heads * v_dim // LARGE >= PROGRAMS else SMALL
+    for choices, form in itertools.product(token_choices(), FORMS):
+        yield choices | {"FORM": form}
 
 
 def decode(args: PoolOperands, spec: Spec) -> tuple[jax.Array, ...]:
@@ -52,5 +46,4 @@ def _in_pool(form: str, args: PoolOperands | PagedOperands, spec: Spec, *others:
 
 def _given(form: str, args: PoolOperands | PagedOperands, spec: Spec) -> tuple[dict[str, Any], list[Any]]:
     choices, operands = token_operands(args, spec)
-    heads = args.v.shape[0] * args.v.shape[-2]
-    return choices | {"ROWS": rows_of(heads, args.v.shape[-1]), "FORM": form}, operands
+    return choices | {"FORM": form}, operands
