@@ -41,7 +41,7 @@ EIGHT = 8  # tokens of a product, and rows of the state
 STEP = 16  # channels that an instruction sums over
 # By the pool's dtype and the tokens at most: eights of the state's rows to a warp, and programs on a multiprocessor.
 TILES = {("bfloat16", 8): 4, ("bfloat16", 16): 4, ("float32", 8): 2, ("float32", 16): 4}
-AT_ONCE = {("bfloat16", 8): 4, ("bfloat16", 16): 2, ("float32", 8): 2, ("float32", 16): 2}
+AT_ONCE = {("bfloat16", 8): 3, ("bfloat16", 16): 2, ("float32", 8): 2, ("float32", 16): 2}
 MULTIPROCESSORS = 132  # of an H200
 MISSING = 2 * EIGHT + 8  # numbers from a token's v - S k to the next one's: so lanes meet in few banks
 READ = 2 * STEP * EIGHT + 32  # numbers from one step's left factors to the next: so lanes that write meet in no bank
