@@ -36,7 +36,7 @@ RESIDENT = {
     "decode": lambda choices: STREAMING,
     "decode_mtp": lambda choices: (128, 3),
     "verify": lambda choices: (2 * choices["V"], 2),
-    "flush": lambda choices: STREAMING if choices["STREAM"] else (128, 4),
+    "flush": lambda choices: (choices["K"], 4),
 }
 
 
@@ -190,7 +190,7 @@ CALLS = {
     "decode": (decode_call, CHOICES),
     "decode_mtp": (decode_mtp_call, CHOICES | {"ROWS": decode_mtp.SMALL, "PAGED": False}),
     "verify": (verify_call, CHOICES | {"UPDATE": True}),
-    "flush": (flush_call, {"K": 128, "V": 128, "STATE": "float32", "STREAM": True}),
+    "flush": (flush_call, {"K": 128, "V": 128, "STATE": "float32"}),
 }
 
 

@@ -1,122 +1,111 @@
 """flush: the state of every row advanced over its accepted tokens, in place.
 
-Bound: memory, as decode: 2 V K numbers of state to T (2 V + K) of the update. The accepted tokens are gone through
-backwards while the state is under way: what they add to it is summed in registers, each key with the decay from its token
-to the last accepted one. When the state arrives it takes one product and one sum an element, whatever T is. Rows that
-accepted nothing, and padded ones, are neither loaded nor stored.
+Bound: memory, as decode: 2 V K numbers of state to T (2 V + K) of the update. So a program is small, and requests all that
+it needs in two round trips: where the state is, together with the tokens; then the state itself, to registers. While that
+is under way, each thread takes one channel of the keys backwards over the tokens, with the decay from each to the last
+accepted one. What the tokens add is then a product on tensor cores, [rows, 8 tokens] x [8 tokens, K], factors taken as sums
+of two TF32 numbers; it costs a warp the same whatever number of tokens was accepted. Rows that accepted nothing, and padded
+ones, are neither loaded nor stored.
 
-Two forms with the same bits. STREAM: through decode's ring. Otherwise, for batches of which a ring would see one tile, each
-warp loads its own few rows into registers.
+A product may have its columns in any order, so a lane takes from memory 16 bytes side by side where its sums will be.
 """
-
-import functools
 
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32
+from cutlass import Float32, TFloat32
 
-from . import stream
-from .token import TYPES, WARP, by_lane, exp, loaded, slot_of, state_by_lane, write
+from .product import add, atom, halves, zeros
+from .token import TYPES, WARP, exp, loaded, select, slot_of, wide, write
 
-UNROLL = 2  # tokens requested together
-ROWS = 4  # of the state to a warp, where there is no ring
-WARPS = 4
+ROWS = 16  # of the state to a warp, and to a product
+EIGHT = 8  # tokens of a product
 
 
-def operands(K, V, STATE, STREAM):
+def operands(K, V, STATE):
     """Inputs and outputs, each its axes and dtype; which input is which output."""
     state = ("P HV V K", STATE)
     update = [("N T HV V", "float32"), ("N T H K", "float32"), ("N T HV K", "float32")]
     return [*update, state, ("N", "int32"), ("N", "int32")], [state], {3: 0}
 
 
-def shape_of(K, V, STATE):
-    return stream.Shape(K, V, STATE, most=4)  # what is added to a warp's rows has to stay in registers
+def pitch(K):
+    """From the keys of two tokens to those of the next two: lanes of a request then meet in no bank."""
+    return 2 * K + 8
 
 
-def shared_bytes(K, V, STATE, STREAM):
-    return shape_of(K, V, STATE).shared_bytes if STREAM else 0
+def shared_bytes(K, V, STATE):
+    return (EIGHT * pitch(K) + K) * 4
 
 
 @cute.jit
 def launch(
-    stream_: cuda.CUstream,
+    stream: cuda.CUstream,
     u: cute.Tensor, k: cute.Tensor, g: cute.Tensor, state: cute.Tensor, slots: cute.Tensor, accepted: cute.Tensor,
-    *, K: cutlass.Constexpr, V: cutlass.Constexpr, STATE: cutlass.Constexpr, STREAM: cutlass.Constexpr,
+    *, K: cutlass.Constexpr, V: cutlass.Constexpr, STATE: cutlass.Constexpr,
 ):  # fmt: skip
-    heads = u.shape[0] * u.shape[2]
-    if cutlass.const_expr(STREAM):
-        flush_streaming(u, k, g, state, slots, accepted, K, V, STATE).launch(
-            **stream.launch_options(heads, shape_of(K, V, STATE)), stream=stream_
-        )
-    else:
-        flush(u, k, g, state, slots, accepted, K, V, STATE).launch(
-            grid=[heads * (V // (ROWS * WARPS)), 1, 1], block=[WARPS * WARP, 1, 1], stream=stream_
-        )
+    programs = u.shape[0] * u.shape[2] * (V // (K // WARP * ROWS))
+    flush(u, k, g, state, slots, accepted, K, V, STATE).launch(grid=[programs, 1, 1], block=[K, 1, 1], stream=stream)
 
 
-def accepting(slots, pool, accepted, n):
-    """The slot of row n, and whether there is one and something to be done with it."""
-    slot, live = slot_of(slots, pool, n)
-    return slot, live & (accepted[n] > 0)
+def packed(x, shape):
+    """``x``, whose numbers are fewer than 2^31 and lie in one piece, as an array of another shape."""
+    strides, size = [], 1
+    for extent in reversed(shape):
+        strides.insert(0, size)
+        size = extent * size
+    return cute.make_tensor(x.iterator, cute.make_layout(shape, stride=tuple(strides)))
 
 
-@cute.jit
-def add_tokens(
-    u: cute.Tensor, k: cute.Tensor, g: cute.Tensor, taken, n, hv, first, lane, after: cute.Tensor, added: cute.Tensor
-):
-    """Into ``added`` what the tokens add to the rows from ``first`` on, into ``after`` the log decay over all of them."""
-    n_rows, tokens, value_heads, heads = u.shape[0], u.shape[1], u.shape[2], k.shape[2]
-    own, each = added.shape
-    k_lanes = by_lane(k, (n_rows, tokens, heads), WARP * each)
-    g_lanes = by_lane(g, (n_rows, tokens, value_heads), WARP * each)
-    of_rows = cute.make_layout(
-        (n_rows, tokens, value_heads, u.shape[3] // own, own),
-        stride=(tokens * value_heads * u.shape[3], value_heads * u.shape[3], u.shape[3], own, 1),
-    )
-    u_rows = cute.make_tensor(u.iterator, of_rows)
-    after.fill(0.0)
-    added.fill(0.0)
-    for back in cutlass.range(taken, unroll=UNROLL):
-        t = taken - 1 - back
-        keys = loaded(k_lanes[n, t, hv // (value_heads // heads), lane, None])
-        decays = loaded(g_lanes[n, t, hv, lane, None])
-        updates = loaded(u_rows[n, t, hv, first // own, None])
-        for e in cutlass.range_constexpr(each):
-            key = keys[e] * exp(after[e])
-            after[e] = after[e] + decays[e]
-            for j in cutlass.range_constexpr(own):
-                added[j, e] = added[j, e] + updates[j] * key
+def request(update, of_thread, n, t, h, hv, channel, pair, column):
+    """Eight tokens from t on: a channel of k and g, and of u what a lane has of a product's factor."""
+    u, k, g = update
+    b_u, b_k, b_g = of_thread
+    (n_rows, tokens, value_heads, V), heads, K = u.shape, k.shape[2], k.shape[3]
+    k, g = packed(k, (n_rows, tokens, heads, K)), packed(g, (n_rows, tokens, value_heads, K))
+    u = packed(u, (n_rows, tokens, value_heads, V // 2, 2))
+    for i in range(EIGHT):
+        there = cutlass.min(t + i, tokens - 1)
+        b_k[i], b_g[i] = k[n, there, h, channel], g[n, there, hv, channel]
+    for e in range(2):
+        cute.autovec_copy(u[n, cutlass.min(t + 2 * column + e, tokens - 1), hv, pair, None], b_u[e, None])
 
 
-def advanced(row, after, added, j):
-    return [x * exp(after[e]) + added[j, e] for e, x in enumerate(row)]
+def advance(rows, of_thread, left, keys, decays, channel, line, column, LOADS, SIDE):
+    """A warp's rows of the state over eight tokens, of which the first ``left`` are accepted."""
+    b_u, b_k, b_g = of_thread
+    after, found = Float32(0.0), []  # the log decay from a token to the last
+    for i in reversed(range(EIGHT)):
+        found.insert(0, select(i < left, b_k[i] * exp(after), Float32(0.0)))
+        after = after + select(i < left, b_g[i], Float32(0.0))
+    for part, some in enumerate(halves(found, TFloat32)):
+        pairs = cute.make_tensor(some.iterator, cute.make_layout((EIGHT // 2, 2), stride=(2, 1)))
+        for pair in range(EIGHT // 2):
+            cute.autovec_copy(pairs[pair, None], keys[part, pair, channel, None])
+    decays[channel] = exp(after)
+    cute.arch.sync_threads()
 
-
-@cute.kernel
-def flush_streaming(
-    u: cute.Tensor, k: cute.Tensor, g: cute.Tensor, state: cute.Tensor, slots: cute.Tensor, accepted: cute.Tensor,
-    K: cutlass.Constexpr, V: cutlass.Constexpr, STATE: cutlass.Constexpr,
-):  # fmt: skip
-    where = functools.partial(accepting, slots, state.shape[0], accepted)
-    ring = stream.Ring(state, u.shape[0] * u.shape[2], where, shape_of(K, V, STATE))
-    if ring.carries:
-        stream.carry(ring)
-    else:
-        after = cute.make_rmem_tensor(cute.make_layout(K // WARP), Float32)
-        added = cute.make_rmem_tensor(cute.make_layout((ring.own, K // WARP)), Float32)
-        for mine in cutlass.range(stream.count_of_group(ring)):
-            i = ring.group + mine * stream.GROUPS
-            tile = stream.tile_of(ring, i)
-            taken = cutlass.min(accepted[tile.n], u.shape[1])
-            first = (tile.part * stream.WARPS + ring.warp) * ring.own
-            add_tokens(u, k, g, taken, tile.n, tile.hv, first, ring.lane, after, added)
-            stream.arrived(ring, i)
-            for j in cutlass.range_constexpr(ring.own):
-                row = stream.row_of(ring, i, j)
-                write(advanced(loaded(row), after, added, j), row)
-            stream.leave(ring, i)
+    product = atom(TFloat32)
+    known = [select(2 * column + e < left, b_u[e, i], Float32(0.0)) for e in range(2) for i in range(2)]
+    lefts = halves(known, TFloat32)
+    shape = 2, EIGHT // 2, LOADS, 4, SIDE // 4, 2, 4
+    strides = *keys.layout.stride[:2], 8 * SIDE, 2 * SIDE, 8, 4, 1
+    rights_of = cute.make_tensor(keys.iterator, cute.make_layout(shape, stride=strides))
+    decays_of = cute.make_tensor(decays.iterator, cute.make_layout((LOADS, 4, SIDE), stride=(4 * SIDE, SIDE, 1)))
+    for x in range(LOADS):
+        decay = loaded(decays_of[x, column, None])
+        for quad in range(SIDE // 4):
+            rights = [cute.make_rmem_tensor(cute.make_layout(4), TFloat32) for _ in range(2)]
+            for part, own in enumerate(rights):
+                cute.autovec_copy(rights_of[part, column, x, line // 2, quad, line % 2, None], own)
+            rights = [cute.make_tensor(own.iterator, cute.make_layout((2, 2), stride=(2, 1))) for own in rights]
+            for s in range(2):
+                added = zeros(4)
+                add(product, added, lefts, [own[s, None] for own in rights])
+                for i in range(2):
+                    for e in range(2):
+                        c = quad * 4 + 2 * e + s
+                        rows[i, x, c] = rows[i, x, c] * decay[c] + added[2 * i + e]
 
 
 @cute.kernel
@@ -124,21 +113,50 @@ def flush(
     u: cute.Tensor, k: cute.Tensor, g: cute.Tensor, state: cute.Tensor, slots: cute.Tensor, accepted: cute.Tensor,
     K: cutlass.Constexpr, V: cutlass.Constexpr, STATE: cutlass.Constexpr,
 ):  # fmt: skip
-    thread, _, _ = cute.arch.thread_idx()
+    channel, _, _ = cute.arch.thread_idx()
     program, _, _ = cute.arch.block_idx()
-    lane, warp = thread % WARP, thread // WARP
-    value_heads, PARTS, each = u.shape[2], V // (ROWS * WARPS), K // WARP
+    lane, warp = channel % WARP, channel // WARP
+    line, column = lane // 4, lane % 4  # of a product's fragments
+    value_heads, PARTS = u.shape[2], V // (K // WARP * ROWS)
     part, hv, n = program % PARTS, program // PARTS % value_heads, program // PARTS // value_heads
-    first = (part * WARPS + warp) * ROWS
-    slot, live = accepting(slots, state.shape[0], accepted, n)
-    if live:
-        lanes = state_by_lane(state, K, V)
-        rows = cute.make_rmem_tensor(cute.make_layout((ROWS, each), stride=(each, 1)), TYPES[STATE])
-        for j in cutlass.range_constexpr(ROWS):
-            cute.autovec_copy(lanes[slot, hv, first + j, lane, None], rows[j, None])
-        after = cute.make_rmem_tensor(cute.make_layout(each), Float32)
-        added = cute.make_rmem_tensor(cute.make_layout((ROWS, each)), Float32)
-        add_tokens(u, k, g, cutlass.min(accepted[n], u.shape[1]), n, hv, first, lane, after, added)
-        for j in cutlass.range_constexpr(ROWS):
-            row = [rows[j, e].to(Float32) for e in range(each)]
-            write(advanced(row, after, added, j), lanes[slot, hv, first + j, lane, None])
+    h = hv * k.shape[2] // value_heads
+    first = (part * (K // WARP) + warp) * ROWS + 2 * line  # of a lane's two rows, side by side
+    slot, live = slot_of(slots, state.shape[0], n)
+    taken = cutlass.min(accepted[n], u.shape[1])
+
+    eight = cute.make_layout(EIGHT)
+    of_thread = [
+        cute.make_rmem_tensor(cute.make_layout((2, 2), stride=(2, 1)), Float32),
+        cute.make_rmem_tensor(eight, Float32),
+        cute.make_rmem_tensor(eight, Float32),
+    ]
+    request((u, k, g), of_thread, n, 0, h, hv, channel, first // 2, column)
+    cute.arch.sync_warp()  # or the assembler would have them wait for the slot
+    if live & (taken > 0):
+        SIDE = 16 * 8 // TYPES[STATE].width
+        LOADS = K // (4 * SIDE)
+        shape = state.shape[0], value_heads, V, LOADS, 4, SIDE
+        strides = wide(value_heads, V * K), V * K, K, 4 * SIDE, SIDE, 1
+        fragments = cute.make_tensor(state.iterator, cute.make_layout(shape, stride=strides))
+        own = cute.make_layout((2, LOADS, SIDE), stride=(LOADS * SIDE, SIDE, 1))
+        raw, rows = cute.make_rmem_tensor(own, TYPES[STATE]), cute.make_rmem_tensor(own, Float32)
+        for i in cutlass.range_constexpr(2):
+            for x in cutlass.range_constexpr(LOADS):
+                cute.autovec_copy(fragments[slot, hv, first + i, x, column, None], raw[i, x, None])
+        cute.arch.sync_warp()
+        for i in cutlass.range_constexpr(2):
+            for x in cutlass.range_constexpr(LOADS):
+                for c in cutlass.range_constexpr(SIDE):
+                    rows[i, x, c] = raw[i, x, c].to(Float32)
+        memory = cutlass.utils.SmemAllocator()
+        strides = EIGHT // 2 * pitch(K), pitch(K), 2, 1  # halves, pairs of tokens, channels, tokens
+        keys = memory.allocate_tensor(TFloat32, cute.make_layout((2, EIGHT // 2, K, 2), stride=strides), 128)
+        decays = memory.allocate_tensor(Float32, cute.make_layout(K), 128)
+        advance(rows, of_thread, taken, keys, decays, channel, line, column, LOADS, SIDE)
+        for t in cutlass.range(EIGHT, taken, EIGHT):
+            request((u, k, g), of_thread, n, t, h, hv, channel, first // 2, column)
+            cute.arch.sync_threads()
+            advance(rows, of_thread, taken - t, keys, decays, channel, line, column, LOADS, SIDE)
+        for i in cutlass.range_constexpr(2):
+            for x in cutlass.range_constexpr(LOADS):
+                write([rows[i, x, c] for c in range(SIDE)], fragments[slot, hv, first + i, x, column, None])
