@@ -16,10 +16,11 @@ import cutlass.cute as cute
 from cutlass import Float32, TFloat32
 
 from .product import add, atom, halves, zeros
-from .token import TYPES, WARP, exp, loaded, select, slot_of, wide, write
+from .token import TYPES, WARP, exp, held, loaded, select, slot_of, wide, write
 
 ROWS = 16  # of the state to a warp, and to a product
 EIGHT = 8  # tokens of a product
+AT_ONCE = {("bfloat16", False): 5, ("bfloat16", True): 3, ("float32", False): 4, ("float32", True): 3}
 
 
 def operands(K, V, STATE):
@@ -44,8 +45,21 @@ def launch(
     u: cute.Tensor, k: cute.Tensor, g: cute.Tensor, state: cute.Tensor, slots: cute.Tensor, accepted: cute.Tensor,
     *, K: cutlass.Constexpr, V: cutlass.Constexpr, STATE: cutlass.Constexpr,
 ):  # fmt: skip
-    programs = u.shape[0] * u.shape[2] * (V // (K // WARP * ROWS))
-    flush(u, k, g, state, slots, accepted, K, V, STATE).launch(grid=[programs, 1, 1], block=[K, 1, 1], stream=stream)
+    if u.shape[1] <= EIGHT:
+        enqueue(stream, (u, k, g, state, slots, accepted), K, V, STATE, False)
+    else:
+        enqueue(stream, (u, k, g, state, slots, accepted), K, V, STATE, True)
+
+
+def enqueue(stream, arrays, K, V, STATE, MANY):
+    u = arrays[0]
+    flush(*arrays, K, V, STATE, MANY).launch(
+        grid=[u.shape[0] * u.shape[2] * (V // (K // WARP * ROWS)), 1, 1],
+        block=[K, 1, 1],
+        min_blocks_per_mp=AT_ONCE[STATE, MANY] * (128 // K),
+        preferred_smem_carveout=50,  # percent; left out, the DSL would ask a device
+        stream=stream,
+    )
 
 
 def packed(x, shape):
@@ -61,20 +75,20 @@ def request(update, of_thread, n, t, h, hv, channel, pair, column):
     """Eight tokens from t on: a channel of k and g, and of u what a lane has of a product's factor."""
     u, k, g = update
     b_u, b_k, b_g = of_thread
-    (n_rows, tokens, value_heads, V), heads, K = u.shape, k.shape[2], k.shape[3]
-    k, g = packed(k, (n_rows, tokens, heads, K)), packed(g, (n_rows, tokens, value_heads, K))
-    u = packed(u, (n_rows, tokens, value_heads, V // 2, 2))
+    n_rows, tokens, value_heads, V = u.shape
+    u = packed(u, (n_rows, tokens, value_heads, V // 2, 2))[n, None, hv, pair, None]
+    k, g = packed(k, k.shape)[n, None, h, channel], packed(g, g.shape)[n, None, hv, channel]
     for i in range(EIGHT):
         there = cutlass.min(t + i, tokens - 1)
-        b_k[i], b_g[i] = k[n, there, h, channel], g[n, there, hv, channel]
+        b_k[i], b_g[i] = k[there], g[there]
     for e in range(2):
-        cute.autovec_copy(u[n, cutlass.min(t + 2 * column + e, tokens - 1), hv, pair, None], b_u[e, None])
+        cute.autovec_copy(u[cutlass.min(t + 2 * column + e, tokens - 1), None], b_u[e, None])
 
 
-def advance(rows, of_thread, left, keys, decays, channel, line, column, LOADS, SIDE):
-    """A warp's rows of the state over eight tokens, of which the first ``left`` are accepted."""
+def share(of_thread, left, keys, decays, channel, column):
+    """Eight tokens, of which the first ``left`` are accepted: what a program's warps share of them, and what a lane has of u."""
     b_u, b_k, b_g = of_thread
-    after, found = Float32(0.0), []  # the log decay from a token to the last
+    after, found = Float32(0.0), []  # the log decay from a token to the last accepted one
     for i in reversed(range(EIGHT)):
         found.insert(0, select(i < left, b_k[i] * exp(after), Float32(0.0)))
         after = after + select(i < left, b_g[i], Float32(0.0))
@@ -83,35 +97,34 @@ def advance(rows, of_thread, left, keys, decays, channel, line, column, LOADS, S
         for pair in range(EIGHT // 2):
             cute.autovec_copy(pairs[pair, None], keys[part, pair, channel, None])
     decays[channel] = exp(after)
-    cute.arch.sync_threads()
-
-    product = atom(TFloat32)
     known = [select(2 * column + e < left, b_u[e, i], Float32(0.0)) for e in range(2) for i in range(2)]
-    lefts = halves(known, TFloat32)
-    shape = 2, EIGHT // 2, LOADS, 4, SIDE // 4, 2, 4
-    strides = *keys.layout.stride[:2], 8 * SIDE, 2 * SIDE, 8, 4, 1
-    rights_of = cute.make_tensor(keys.iterator, cute.make_layout(shape, stride=strides))
-    decays_of = cute.make_tensor(decays.iterator, cute.make_layout((LOADS, 4, SIDE), stride=(4 * SIDE, SIDE, 1)))
-    for x in range(LOADS):
-        decay = loaded(decays_of[x, column, None])
-        for quad in range(SIDE // 4):
-            rights = [cute.make_rmem_tensor(cute.make_layout(4), TFloat32) for _ in range(2)]
-            for part, own in enumerate(rights):
-                cute.autovec_copy(rights_of[part, column, x, line // 2, quad, line % 2, None], own)
-            rights = [cute.make_tensor(own.iterator, cute.make_layout((2, 2), stride=(2, 1))) for own in rights]
-            for s in range(2):
-                added = zeros(4)
-                add(product, added, lefts, [own[s, None] for own in rights])
-                for i in range(2):
-                    for e in range(2):
-                        c = quad * 4 + 2 * e + s
-                        rows[i, x, c] = rows[i, x, c] * decay[c] + added[2 * i + e]
+    return halves(known, TFloat32)
+
+
+def advanced(rows, x, updates, keys, decays, line, column):
+    """A lane's part of two rows, of load x, over eight tokens."""
+    product = atom(TFloat32)
+    decay = loaded(decays[x, column, None])
+    new = [[None] * len(decay) for _ in range(2)]
+    for quad in range(len(decay) // 4):
+        rights = [cute.make_rmem_tensor(cute.make_layout((2, 2), stride=(2, 1)), TFloat32) for _ in range(2)]
+        for part, own in enumerate(rights):
+            some = keys[part, column, x, line // 2, quad, line % 2, None]
+            cute.autovec_copy(some, cute.make_tensor(own.iterator, cute.make_layout(4)))
+        for s in range(2):
+            added = zeros(4)
+            add(product, added, updates, [own[s, None] for own in rights])
+            for i in range(2):
+                for e in range(2):
+                    c = quad * 4 + 2 * e + s
+                    new[i][c] = rows[i, x, c].to(Float32) * decay[c] + added[2 * i + e]
+    return new
 
 
 @cute.kernel
 def flush(
     u: cute.Tensor, k: cute.Tensor, g: cute.Tensor, state: cute.Tensor, slots: cute.Tensor, accepted: cute.Tensor,
-    K: cutlass.Constexpr, V: cutlass.Constexpr, STATE: cutlass.Constexpr,
+    K: cutlass.Constexpr, V: cutlass.Constexpr, STATE: cutlass.Constexpr, MANY: cutlass.Constexpr,
 ):  # fmt: skip
     channel, _, _ = cute.arch.thread_idx()
     program, _, _ = cute.arch.block_idx()
@@ -124,39 +137,55 @@ def flush(
     slot, live = slot_of(slots, state.shape[0], n)
     taken = cutlass.min(accepted[n], u.shape[1])
 
+    memory = cutlass.utils.SmemAllocator()
+    strides = EIGHT // 2 * pitch(K), pitch(K), 2, 1  # halves, pairs of tokens, channels, tokens
+    keys = memory.allocate_tensor(TFloat32, cute.make_layout((2, EIGHT // 2, K, 2), stride=strides), 128)
+    decays = memory.allocate_tensor(Float32, cute.make_layout(K), 128)
+    SIDE = 16 * 8 // TYPES[STATE].width
+    LOADS = K // (4 * SIDE)
+    shape = state.shape[0], value_heads, V, LOADS, 4, SIDE
+    strides = wide(value_heads, V * K), V * K, K, 4 * SIDE, SIDE, 1
+    fragments = cute.make_tensor(state.iterator, cute.make_layout(shape, stride=strides))
+    shape = 2, EIGHT // 2, LOADS, 4, SIDE // 4, 2, 4
+    strides = EIGHT // 2 * pitch(K), pitch(K), 8 * SIDE, 2 * SIDE, 8, 4, 1
+    keys_fragments = cute.make_tensor(keys.iterator, cute.make_layout(shape, stride=strides))
+    decays_fragments = cute.make_tensor(decays.iterator, cute.make_layout((LOADS, 4, SIDE), stride=(4 * SIDE, SIDE, 1)))
+
     eight = cute.make_layout(EIGHT)
     of_thread = [
         cute.make_rmem_tensor(cute.make_layout((2, 2), stride=(2, 1)), Float32),
         cute.make_rmem_tensor(eight, Float32),
         cute.make_rmem_tensor(eight, Float32),
     ]
-    request((u, k, g), of_thread, n, 0, h, hv, channel, first // 2, column)
-    cute.arch.sync_warp()  # or the assembler would have them wait for the slot
+    if cutlass.const_expr(not MANY):
+        request((u, k, g), of_thread, n, 0, h, hv, channel, first // 2, column)
+        cute.arch.sync_warp()  # or the assembler would have them wait for the slot
     if live & (taken > 0):
-        SIDE = 16 * 8 // TYPES[STATE].width
-        LOADS = K // (4 * SIDE)
-        shape = state.shape[0], value_heads, V, LOADS, 4, SIDE
-        strides = wide(value_heads, V * K), V * K, K, 4 * SIDE, SIDE, 1
-        fragments = cute.make_tensor(state.iterator, cute.make_layout(shape, stride=strides))
         own = cute.make_layout((2, LOADS, SIDE), stride=(LOADS * SIDE, SIDE, 1))
-        raw, rows = cute.make_rmem_tensor(own, TYPES[STATE]), cute.make_rmem_tensor(own, Float32)
-        for i in cutlass.range_constexpr(2):
-            for x in cutlass.range_constexpr(LOADS):
+        raw = cute.make_rmem_tensor(own, TYPES[STATE])
+        for x in cutlass.range_constexpr(LOADS):
+            for i in cutlass.range_constexpr(2):
                 cute.autovec_copy(fragments[slot, hv, first + i, x, column, None], raw[i, x, None])
         cute.arch.sync_warp()
-        for i in cutlass.range_constexpr(2):
-            for x in cutlass.range_constexpr(LOADS):
-                for c in cutlass.range_constexpr(SIDE):
-                    rows[i, x, c] = raw[i, x, c].to(Float32)
-        memory = cutlass.utils.SmemAllocator()
-        strides = EIGHT // 2 * pitch(K), pitch(K), 2, 1  # halves, pairs of tokens, channels, tokens
-        keys = memory.allocate_tensor(TFloat32, cute.make_layout((2, EIGHT // 2, K, 2), stride=strides), 128)
-        decays = memory.allocate_tensor(Float32, cute.make_layout(K), 128)
-        advance(rows, of_thread, taken, keys, decays, channel, line, column, LOADS, SIDE)
-        for t in cutlass.range(EIGHT, taken, EIGHT):
-            request((u, k, g), of_thread, n, t, h, hv, channel, first // 2, column)
+        if cutlass.const_expr(not MANY):
+            updates = share(of_thread, taken, keys, decays, channel, column)
             cute.arch.sync_threads()
-            advance(rows, of_thread, taken - t, keys, decays, channel, line, column, LOADS, SIDE)
-        for i in cutlass.range_constexpr(2):
             for x in cutlass.range_constexpr(LOADS):
-                write([rows[i, x, c] for c in range(SIDE)], fragments[slot, hv, first + i, x, column, None])
+                for i, new in enumerate(advanced(raw, x, updates, keys_fragments, decays_fragments, line, column)):
+                    write(new, fragments[slot, hv, first + i, x, column, None])
+        else:
+            rows = cute.make_rmem_tensor(own, Float32)
+            for x in cutlass.range_constexpr(LOADS):
+                for i in cutlass.range_constexpr(2):
+                    write(held(raw[i, x, None]), rows[i, x, None])
+            for t in cutlass.range(0, taken, EIGHT):
+                request((u, k, g), of_thread, n, t, h, hv, channel, first // 2, column)
+                cute.arch.sync_threads()
+                updates = share(of_thread, taken - t, keys, decays, channel, column)
+                cute.arch.sync_threads()
+                for x in cutlass.range_constexpr(LOADS):
+                    for i, new in enumerate(advanced(rows, x, updates, keys_fragments, decays_fragments, line, column)):
+                        write(new, rows[i, x, None])
+            for x in cutlass.range_constexpr(LOADS):
+                for i in cutlass.range_constexpr(2):
+                    write(held(rows[i, x, None]), fragments[slot, hv, first + i, x, column, None])
