@@ -116,6 +116,21 @@ def test_verify_of_so_many_tokens(tokens):
     check_verify_and_flush(case, None)
 
 
+@pytest.mark.parametrize("tokens", [4, 9])
+def test_flush_does_not_read_what_was_not_accepted(tokens):
+    """Tokens behind the accepted ones change no bit, whatever they hold and however many they are."""
+    case = dataclasses.replace(SMALL, tokens=3, value_heads=1, state_dtype="bfloat16")
+    operands, spec, *_ = drawn_operands(case, "draft", SLOTS)
+    _, *update = verify_calls.verify(operands, VerifySpec(**spec, with_update=True))
+    accepted = np.asarray([3, 0], np.int32)
+    more = [np.concatenate([x, np.full((x.shape[0], tokens - 3, *x.shape[2:]), np.nan, x.dtype)], 1) for x in update]
+    states = [
+        flush_calls.flush(FlushOperands(*given, operands.state, operands.state_indices, accepted), FlushSpec(None))
+        for given in (update, more)
+    ]
+    assert_equal(*states)
+
+
 def test_gate_parameters_of_each_row():
     """As they are once vmapped: [N, HV] and [N, HV, K], each on its own."""
     operands, spec, *_ = drawn_operands(SMALL, "decode", np.asarray([0, 1], np.int32))

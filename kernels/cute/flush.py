@@ -1,13 +1,12 @@
 """flush: the state of every row advanced over its accepted tokens, in place.
 
-Bound: memory, as decode: 2 V K numbers of state to T (2 V + K) of the update. So a program is small, and requests all that
-it needs in two round trips: where the state is, together with the tokens; then the state itself, to registers. While that
-is under way, each thread takes one channel of the keys backwards over the tokens, with the decay from each to the last
-accepted one. What the tokens add is then a product on tensor cores, [rows, 8 tokens] x [8 tokens, K], factors taken as sums
-of two TF32 numbers; it costs a warp the same whatever number of tokens was accepted. Rows that accepted nothing, and padded
-ones, are neither loaded nor stored.
-
-A product may have its columns in any order, so a lane takes from memory 16 bytes side by side where its sums will be.
+Bound: memory, as decode: 2 V K numbers of state to T (2 V + K) of the update. So programs are small, take states in the
+order of their addresses, and make two round trips: for where the state is and, not waiting for that, the tokens; then for
+all of their state at once, into registers. While it is under way each thread goes backwards over the tokens in one channel,
+for the decay from each to the last accepted one. With it on the keys, what the tokens add is one product on tensor cores,
+[V, T] x [T, K], eight tokens at a time, factors taken as sums of two TF32 numbers: the work is the same whatever was
+accepted. A product may have its columns in any order, so a lane loads 16 bytes side by side of where its sums will be. Rows
+that accepted nothing, and padded ones, are neither loaded nor stored.
 """
 
 import cuda.bindings.driver as cuda
@@ -20,7 +19,8 @@ from .token import TYPES, WARP, exp, held, loaded, select, slot_of, wide, write
 
 ROWS = 16  # of the state to a warp, and to a product
 EIGHT = 8  # tokens of a product
-AT_ONCE = {("bfloat16", False): 5, ("bfloat16", True): 3, ("float32", False): 4, ("float32", True): 3}
+# By the pool's dtype and whether tokens may be more than eight: programs of 128 threads on a multiprocessor.
+AT_ONCE = {("bfloat16", False): 7, ("bfloat16", True): 2, ("float32", False): 5, ("float32", True): 2}
 
 
 def operands(K, V, STATE):
@@ -72,12 +72,12 @@ def packed(x, shape):
 
 
 def request(update, of_thread, n, t, h, hv, channel, pair, column):
-    """Eight tokens from t on: a channel of k and g, and of u what a lane has of a product's factor."""
+    """Eight tokens from t on: of k and g a channel, of u what a lane has of a product's factor."""
     u, k, g = update
-    b_u, b_k, b_g = of_thread
     n_rows, tokens, value_heads, V = u.shape
     u = packed(u, (n_rows, tokens, value_heads, V // 2, 2))[n, None, hv, pair, None]
     k, g = packed(k, k.shape)[n, None, h, channel], packed(g, g.shape)[n, None, hv, channel]
+    b_u, b_k, b_g = of_thread
     for i in range(EIGHT):
         there = cutlass.min(t + i, tokens - 1)
         b_k[i], b_g[i] = k[there], g[there]
@@ -86,7 +86,7 @@ def request(update, of_thread, n, t, h, hv, channel, pair, column):
 
 
 def share(of_thread, left, keys, decays, channel, column):
-    """Eight tokens, of which the first ``left`` are accepted: what a program's warps share of them, and what a lane has of u."""
+    """Of eight tokens, the first ``left`` accepted: writes what all warps want of them, returns a lane's factors of u."""
     b_u, b_k, b_g = of_thread
     after, found = Float32(0.0), []  # the log decay from a token to the last accepted one
     for i in reversed(range(EIGHT)):
@@ -107,10 +107,11 @@ def advanced(rows, x, updates, keys, decays, line, column):
     decay = loaded(decays[x, column, None])
     new = [[None] * len(decay) for _ in range(2)]
     for quad in range(len(decay) // 4):
-        rights = [cute.make_rmem_tensor(cute.make_layout((2, 2), stride=(2, 1)), TFloat32) for _ in range(2)]
-        for part, own in enumerate(rights):
-            some = keys[part, column, x, line // 2, quad, line % 2, None]
-            cute.autovec_copy(some, cute.make_tensor(own.iterator, cute.make_layout(4)))
+        rights = []
+        for part in range(2):
+            own = cute.make_rmem_tensor(cute.make_layout(4), TFloat32)  # two columns of two tokens
+            cute.autovec_copy(keys[part, column, x, line // 2, quad, line % 2, None], own)
+            rights.append(cute.make_tensor(own.iterator, cute.make_layout((2, 2), stride=(2, 1))))
         for s in range(2):
             added = zeros(4)
             add(product, added, updates, [own[s, None] for own in rights])
@@ -130,49 +131,48 @@ def flush(
     program, _, _ = cute.arch.block_idx()
     lane, warp = channel % WARP, channel // WARP
     line, column = lane // 4, lane % 4  # of a product's fragments
-    value_heads, PARTS = u.shape[2], V // (K // WARP * ROWS)
+    WARPS = K // WARP
+    value_heads, PARTS = u.shape[2], V // (WARPS * ROWS)
     part, hv, n = program % PARTS, program // PARTS % value_heads, program // PARTS // value_heads
     h = hv * k.shape[2] // value_heads
-    first = (part * (K // WARP) + warp) * ROWS + 2 * line  # of a lane's two rows, side by side
+    first = (part * WARPS + warp) * ROWS + 2 * line  # of a lane's two rows, which are side by side
     slot, live = slot_of(slots, state.shape[0], n)
     taken = cutlass.min(accepted[n], u.shape[1])
 
-    memory = cutlass.utils.SmemAllocator()
-    strides = EIGHT // 2 * pitch(K), pitch(K), 2, 1  # halves, pairs of tokens, channels, tokens
-    keys = memory.allocate_tensor(TFloat32, cute.make_layout((2, EIGHT // 2, K, 2), stride=strides), 128)
-    decays = memory.allocate_tensor(Float32, cute.make_layout(K), 128)
-    SIDE = 16 * 8 // TYPES[STATE].width
-    LOADS = K // (4 * SIDE)
-    shape = state.shape[0], value_heads, V, LOADS, 4, SIDE
-    strides = wide(value_heads, V * K), V * K, K, 4 * SIDE, SIDE, 1
-    fragments = cute.make_tensor(state.iterator, cute.make_layout(shape, stride=strides))
-    shape = 2, EIGHT // 2, LOADS, 4, SIDE // 4, 2, 4
-    strides = EIGHT // 2 * pitch(K), pitch(K), 8 * SIDE, 2 * SIDE, 8, 4, 1
-    keys_fragments = cute.make_tensor(keys.iterator, cute.make_layout(shape, stride=strides))
-    decays_fragments = cute.make_tensor(decays.iterator, cute.make_layout((LOADS, 4, SIDE), stride=(4 * SIDE, SIDE, 1)))
-
     eight = cute.make_layout(EIGHT)
-    of_thread = [
-        cute.make_rmem_tensor(cute.make_layout((2, 2), stride=(2, 1)), Float32),
-        cute.make_rmem_tensor(eight, Float32),
-        cute.make_rmem_tensor(eight, Float32),
-    ]
+    pairs = cute.make_layout((2, 2), stride=(2, 1))  # tokens, rows
+    of_thread = [cute.make_rmem_tensor(layout, Float32) for layout in (pairs, eight, eight)]
     if cutlass.const_expr(not MANY):
         request((u, k, g), of_thread, n, 0, h, hv, channel, first // 2, column)
-        cute.arch.sync_warp()  # or the assembler would have them wait for the slot
+        cute.arch.sync_warp()  # or the compiler would have them wait for the slot
     if live & (taken > 0):
+        SIDE = 128 // TYPES[STATE].width
+        LOADS = K // (4 * SIDE)
+        shape = state.shape[0], value_heads, V, LOADS, 4, SIDE
+        strides = wide(value_heads, V * K), V * K, K, 4 * SIDE, SIDE, 1
+        places = cute.make_tensor(state.iterator, cute.make_layout(shape, stride=strides))
         own = cute.make_layout((2, LOADS, SIDE), stride=(LOADS * SIDE, SIDE, 1))
         raw = cute.make_rmem_tensor(own, TYPES[STATE])
         for x in cutlass.range_constexpr(LOADS):
             for i in cutlass.range_constexpr(2):
-                cute.autovec_copy(fragments[slot, hv, first + i, x, column, None], raw[i, x, None])
+                cute.autovec_copy(places[slot, hv, first + i, x, column, None], raw[i, x, None])
         cute.arch.sync_warp()
+
+        memory = cutlass.utils.SmemAllocator()
+        shape, strides = (2, EIGHT // 2, K, 2), (EIGHT // 2 * pitch(K), pitch(K), 2, 1)  # halves, pairs of tokens
+        keys = memory.allocate_tensor(TFloat32, cute.make_layout(shape, stride=strides), 128)
+        shape, strides = (2, EIGHT // 2, LOADS, 4, SIDE // 4, 2, 4), (*strides[:2], 8 * SIDE, 2 * SIDE, 8, 4, 1)
+        keys_fragments = cute.make_tensor(keys.iterator, cute.make_layout(shape, stride=strides))
+        decays = memory.allocate_tensor(Float32, cute.make_layout(K), 128)
+        layout = cute.make_layout((LOADS, 4, SIDE), stride=(4 * SIDE, SIDE, 1))
+        decays_fragments = cute.make_tensor(decays.iterator, layout)
         if cutlass.const_expr(not MANY):
             updates = share(of_thread, taken, keys, decays, channel, column)
             cute.arch.sync_threads()
             for x in cutlass.range_constexpr(LOADS):
                 for i, new in enumerate(advanced(raw, x, updates, keys_fragments, decays_fragments, line, column)):
-                    write(new, fragments[slot, hv, first + i, x, column, None])
+                    write(new, places[slot, hv, first + i, x, column, None])
+                cute.arch.sync_warp()  # or the assembler would start all loads' work at once, which takes more registers
         else:
             rows = cute.make_rmem_tensor(own, Float32)
             for x in cutlass.range_constexpr(LOADS):
@@ -186,6 +186,7 @@ def flush(
                 for x in cutlass.range_constexpr(LOADS):
                     for i, new in enumerate(advanced(rows, x, updates, keys_fragments, decays_fragments, line, column)):
                         write(new, rows[i, x, None])
+                    cute.arch.sync_warp()
             for x in cutlass.range_constexpr(LOADS):
                 for i in cutlass.range_constexpr(2):
-                    write(held(rows[i, x, None]), fragments[slot, hv, first + i, x, column, None])
+                    write(held(rows[i, x, None]), places[slot, hv, first + i, x, column, None])
