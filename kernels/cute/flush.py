@@ -35,8 +35,13 @@ def pitch(K):
     return 2 * K + 8
 
 
+def u_pitch(K):
+    """From a token's u to the next one's, of the K / 2 rows that a program has."""
+    return K // 2 + 4
+
+
 def shared_bytes(K, V, STATE):
-    return (EIGHT * pitch(K) + K) * 4
+    return (EIGHT * (u_pitch(K) + 2 * K + pitch(K)) + K) * 4
 
 
 @cute.jit
@@ -71,33 +76,39 @@ def packed(x, shape):
     return cute.make_tensor(x.iterator, cute.make_layout(shape, stride=tuple(strides)))
 
 
-def request(update, of_thread, n, t, h, hv, channel, pair, column):
-    """Eight tokens from t on: of k and g a channel, of u what a lane has of a product's factor."""
-    u, k, g = update
-    n_rows, tokens, value_heads, V = u.shape
-    u = packed(u, (n_rows, tokens, value_heads, V // 2, 2))[n, None, hv, pair, None]
-    k, g = packed(k, k.shape)[n, None, h, channel], packed(g, g.shape)[n, None, hv, channel]
-    b_u, b_k, b_g = of_thread
-    for i in range(EIGHT):
-        there = cutlass.min(t + i, tokens - 1)
-        b_k[i], b_g[i] = k[there], g[there]
-    for e in range(2):
-        cute.autovec_copy(u[cutlass.min(t + 2 * column + e, tokens - 1), None], b_u[e, None])
+def request(arrays, tokens, n, t, heads, part, PARTS, thread):
+    """Eight tokens from t on, into shared memory, 16 bytes a thread at once."""
+    mode = cute.nvgpu.cpasync.LoadCacheMode.GLOBAL
+    load = cute.make_copy_atom(cute.nvgpu.cpasync.CopyG2SOp(mode), Float32, num_bits_per_copy=128)
+    THREADS = tokens[1].shape[1]
+    parts = (part, PARTS), (0, 1), (0, 1)  # of u what the program's rows want
+    for x, to, head, (which, count) in zip(arrays, tokens, heads, parts, strict=True):
+        COUNT = to.shape[1] // 4  # of threads to a token
+        pieces = packed(x, (*x.shape[:3], count, COUNT, 4))
+        places = cute.make_tensor(to.iterator, cute.make_layout((EIGHT, COUNT, 4), stride=(to.layout.stride[0], 4, 1)))
+        for first in range(0, EIGHT, THREADS // COUNT):
+            i, piece = first + thread // COUNT, thread % COUNT
+            there = cutlass.min(t + i, x.shape[1] - 1)
+            cute.copy(load, pieces[n, there, head, which, piece, None], places[i, piece, None])
+    cute.arch.cp_async_commit_group()
 
 
-def share(of_thread, left, keys, decays, channel, column):
+def share(tokens, left, keys, decays, thread, row, column):
     """Of eight tokens, the first ``left`` accepted: writes what all warps want of them, returns a lane's factors of u."""
-    b_u, b_k, b_g = of_thread
+    u, k, g = tokens
     after, found = Float32(0.0), []  # the log decay from a token to the last accepted one
     for i in reversed(range(EIGHT)):
-        found.insert(0, select(i < left, b_k[i] * exp(after), Float32(0.0)))
-        after = after + select(i < left, b_g[i], Float32(0.0))
+        found.insert(0, select(i < left, k[i, thread] * exp(after), Float32(0.0)))
+        after = after + select(i < left, g[i, thread], Float32(0.0))
     for part, some in enumerate(halves(found, TFloat32)):
         pairs = cute.make_tensor(some.iterator, cute.make_layout((EIGHT // 2, 2), stride=(2, 1)))
         for pair in range(EIGHT // 2):
-            cute.autovec_copy(pairs[pair, None], keys[part, pair, channel, None])
-    decays[channel] = exp(after)
-    known = [select(2 * column + e < left, b_u[e, i], Float32(0.0)) for e in range(2) for i in range(2)]
+            cute.autovec_copy(pairs[pair, None], keys[part, pair, thread, None])
+    decays[thread] = exp(after)
+    pairs = cute.make_tensor(u.iterator, cute.make_layout((EIGHT, u.shape[1] // 2, 2), stride=(u.layout.stride[0], 2, 1)))
+    known = []
+    for e in range(2):
+        known += [select(2 * column + e < left, x, Float32(0.0)) for x in loaded(pairs[2 * column + e, row // 2, None])]
     return halves(known, TFloat32)
 
 
@@ -127,47 +138,48 @@ def flush(
     u: cute.Tensor, k: cute.Tensor, g: cute.Tensor, state: cute.Tensor, slots: cute.Tensor, accepted: cute.Tensor,
     K: cutlass.Constexpr, V: cutlass.Constexpr, STATE: cutlass.Constexpr, MANY: cutlass.Constexpr,
 ):  # fmt: skip
-    channel, _, _ = cute.arch.thread_idx()
+    thread, _, _ = cute.arch.thread_idx()
     program, _, _ = cute.arch.block_idx()
-    lane, warp = channel % WARP, channel // WARP
+    lane, warp = thread % WARP, thread // WARP
     line, column = lane // 4, lane % 4  # of a product's fragments
-    WARPS = K // WARP
-    value_heads, PARTS = u.shape[2], V // (WARPS * ROWS)
+    value_heads, PARTS = u.shape[2], V // (K // WARP * ROWS)
     part, hv, n = program % PARTS, program // PARTS % value_heads, program // PARTS // value_heads
     h = hv * k.shape[2] // value_heads
-    first = (part * WARPS + warp) * ROWS + 2 * line  # of a lane's two rows, which are side by side
+    row = warp * ROWS + 2 * line  # the first of a lane's two, which are side by side
     slot, live = slot_of(slots, state.shape[0], n)
     taken = cutlass.min(accepted[n], u.shape[1])
+    cute.arch.sync_warp()  # or the assembler would turn the order of requests around, here and below
 
-    eight = cute.make_layout(EIGHT)
-    pairs = cute.make_layout((2, 2), stride=(2, 1))  # tokens, rows
-    of_thread = [cute.make_rmem_tensor(layout, Float32) for layout in (pairs, eight, eight)]
+    memory = cutlass.utils.SmemAllocator()
+    layouts = [cute.make_layout((EIGHT, K // 2), stride=(u_pitch(K), 1))] + [cute.make_layout((EIGHT, K), stride=(K, 1))] * 2
+    tokens = [memory.allocate_tensor(Float32, layout, 128) for layout in layouts]
+    SIDE = 128 // TYPES[STATE].width
+    LOADS = K // (4 * SIDE)
+    shape = state.shape[0], value_heads, V, LOADS, 4, SIDE
+    strides = wide(value_heads, V * K), V * K, K, 4 * SIDE, SIDE, 1
+    places = cute.make_tensor(state.iterator, cute.make_layout(shape, stride=strides))
+    shape, strides = (2, EIGHT // 2, K, 2), (EIGHT // 2 * pitch(K), pitch(K), 2, 1)  # halves, pairs of tokens
+    keys = memory.allocate_tensor(TFloat32, cute.make_layout(shape, stride=strides), 128)
+    shape, strides = (2, EIGHT // 2, LOADS, 4, SIDE // 4, 2, 4), (*strides[:2], 8 * SIDE, 2 * SIDE, 8, 4, 1)
+    keys_fragments = cute.make_tensor(keys.iterator, cute.make_layout(shape, stride=strides))
+    decays = memory.allocate_tensor(Float32, cute.make_layout(K), 128)
+    decays_fragments = cute.make_tensor(decays.iterator, cute.make_layout((LOADS, 4, SIDE), stride=(4 * SIDE, SIDE, 1)))
+
+    where = (hv, h, hv), part, PARTS
     if cutlass.const_expr(not MANY):
-        request((u, k, g), of_thread, n, 0, h, hv, channel, first // 2, column)
-        cute.arch.sync_warp()  # or the compiler would have them wait for the slot
+        request((u, k, g), tokens, n, 0, *where, thread)
     if live & (taken > 0):
-        SIDE = 128 // TYPES[STATE].width
-        LOADS = K // (4 * SIDE)
-        shape = state.shape[0], value_heads, V, LOADS, 4, SIDE
-        strides = wide(value_heads, V * K), V * K, K, 4 * SIDE, SIDE, 1
-        places = cute.make_tensor(state.iterator, cute.make_layout(shape, stride=strides))
+        first = part * (K // 2) + row
         own = cute.make_layout((2, LOADS, SIDE), stride=(LOADS * SIDE, SIDE, 1))
         raw = cute.make_rmem_tensor(own, TYPES[STATE])
         for x in cutlass.range_constexpr(LOADS):
             for i in cutlass.range_constexpr(2):
                 cute.autovec_copy(places[slot, hv, first + i, x, column, None], raw[i, x, None])
         cute.arch.sync_warp()
-
-        memory = cutlass.utils.SmemAllocator()
-        shape, strides = (2, EIGHT // 2, K, 2), (EIGHT // 2 * pitch(K), pitch(K), 2, 1)  # halves, pairs of tokens
-        keys = memory.allocate_tensor(TFloat32, cute.make_layout(shape, stride=strides), 128)
-        shape, strides = (2, EIGHT // 2, LOADS, 4, SIDE // 4, 2, 4), (*strides[:2], 8 * SIDE, 2 * SIDE, 8, 4, 1)
-        keys_fragments = cute.make_tensor(keys.iterator, cute.make_layout(shape, stride=strides))
-        decays = memory.allocate_tensor(Float32, cute.make_layout(K), 128)
-        layout = cute.make_layout((LOADS, 4, SIDE), stride=(4 * SIDE, SIDE, 1))
-        decays_fragments = cute.make_tensor(decays.iterator, layout)
         if cutlass.const_expr(not MANY):
-            updates = share(of_thread, taken, keys, decays, channel, column)
+            cute.arch.cp_async_wait_group(0)
+            cute.arch.sync_threads()
+            updates = share(tokens, taken, keys, decays, thread, row, column)
             cute.arch.sync_threads()
             for x in cutlass.range_constexpr(LOADS):
                 for i, new in enumerate(advanced(raw, x, updates, keys_fragments, decays_fragments, line, column)):
@@ -179,9 +191,10 @@ def flush(
                 for i in cutlass.range_constexpr(2):
                     write(held(raw[i, x, None]), rows[i, x, None])
             for t in cutlass.range(0, taken, EIGHT):
-                request((u, k, g), of_thread, n, t, h, hv, channel, first // 2, column)
+                request((u, k, g), tokens, n, t, *where, thread)
+                cute.arch.cp_async_wait_group(0)
                 cute.arch.sync_threads()
-                updates = share(of_thread, taken - t, keys, decays, channel, column)
+                updates = share(tokens, taken - t, keys, decays, thread, row, column)
                 cute.arch.sync_threads()
                 for x in cutlass.range_constexpr(LOADS):
                     for i, new in enumerate(advanced(rows, x, updates, keys_fragments, decays_fragments, line, column)):
@@ -190,3 +203,4 @@ def flush(
             for x in cutlass.range_constexpr(LOADS):
                 for i in cutlass.range_constexpr(2):
                     write(held(rows[i, x, None]), places[slot, hv, first + i, x, column, None])
+    cute.arch.cp_async_wait_group(0)  # also where nothing was done with what was requested
