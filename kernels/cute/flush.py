@@ -1,12 +1,12 @@
 """flush: the state of every row advanced over its accepted tokens, in place.
 
 Bound: memory, as decode: 2 V K numbers of state to T (2 V + K) of the update. So programs are small, take states in the
-order of their addresses, and make two round trips: for where the state is and, not waiting for that, the tokens; then for
-all of their state at once, into registers. While it is under way each thread goes backwards over the tokens in one channel,
-for the decay from each to the last accepted one. With it on the keys, what the tokens add is one product on tensor cores,
-[V, T] x [T, K], eight tokens at a time, factors taken as sums of two TF32 numbers: the work is the same whatever was
-accepted. A product may have its columns in any order, so a lane loads 16 bytes side by side of where its sums will be. Rows
-that accepted nothing, and padded ones, are neither loaded nor stored.
+order of their addresses, and make two round trips: for where the state is and, not waiting for that, for the tokens, into
+shared memory; then for all of their state at once, into registers. While it is under way each thread goes backwards over the
+tokens in one channel, for the decay from each to the last accepted one. With it on the keys, what the tokens add is one
+product on tensor cores, [V, T] x [T, K], eight tokens at a time, factors taken as sums of two TF32 numbers: the work is the
+same whatever was accepted. A product may have its columns in any order, so a lane loads 16 bytes side by side of where its
+sums will be. Rows that accepted nothing, and padded ones, are neither loaded nor stored.
 """
 
 import cuda.bindings.driver as cuda
@@ -20,7 +20,7 @@ from .token import TYPES, WARP, exp, held, loaded, select, slot_of, wide, write
 ROWS = 16  # of the state to a warp, and to a product
 EIGHT = 8  # tokens of a product
 # By the pool's dtype and whether tokens may be more than eight: programs of 128 threads on a multiprocessor.
-AT_ONCE = {("bfloat16", False): 7, ("bfloat16", True): 2, ("float32", False): 5, ("float32", True): 2}
+AT_ONCE = {("bfloat16", False): 7, ("bfloat16", True): 2, ("float32", False): 4, ("float32", True): 2}
 
 
 def operands(K, V, STATE):
@@ -62,7 +62,7 @@ def enqueue(stream, arrays, K, V, STATE, MANY):
         grid=[u.shape[0] * u.shape[2] * (V // (K // WARP * ROWS)), 1, 1],
         block=[K, 1, 1],
         min_blocks_per_mp=AT_ONCE[STATE, MANY] * (128 // K),
-        preferred_smem_carveout=50,  # percent; left out, the DSL would ask a device
+        preferred_smem_carveout=100,  # percent; left out, the DSL would ask a device
         stream=stream,
     )
 
