@@ -98,6 +98,10 @@ def _function(f: Callable[[Any], Any]) -> Callable[[Number], Float32]:
     return lambda x: Float32(f(np.float32(x.value)))
 
 
+def _fma(x: Number, y: Number, z: Number) -> Float32:
+    return Float32(np.float64(x.value) * np.float64(y.value) + np.float64(z.value))
+
+
 # Arrays in memory.
 
 
@@ -389,13 +393,14 @@ def _modules() -> dict[str, Any]:
         make_rmem_tensor=_make_rmem_tensor,
         recast_ptr=_recast,
         make_copy_atom=lambda atom, dtype, num_bits_per_copy: atom,
+        FastDivmodDivisorV2=int,
         make_mma_atom=lambda atom: atom,
         mma_atom_call=_multiply,
         copy=_copy,
         autovec_copy=_copy_elements,
         assume=lambda x, divby: x,
         size=lambda x: x if isinstance(x, int) else math.prod(x.shape),
-        math=space(log=_function(np.log), rsqrt=_function(lambda x: 1 / np.sqrt(x))),
+        math=space(log=_function(np.log), rsqrt=_function(lambda x: 1 / np.sqrt(x)), fma=_fma),
     )
     cutlass = space(
         cute=cute,

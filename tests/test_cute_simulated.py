@@ -111,7 +111,7 @@ def test_verify_and_flush(case):
 
 @pytest.mark.parametrize("tokens", [1, 8, 9, 16])
 def test_verify_of_so_many_tokens(tokens):
-    """Eight are one product's, and one kernel's; and without indices row n is slot n."""
+    """Eight are what verify has in one product and flush at once; and without indices row n is slot n."""
     case = dataclasses.replace(SMALL, batch=1, value_heads=1, pool_size=None, tokens=tokens)
     check_verify_and_flush(case, None)
 

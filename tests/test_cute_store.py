@@ -36,7 +36,7 @@ RESIDENT = {
     "decode": lambda choices: STREAMING,
     "decode_mtp": lambda choices: (128, 3),
     "verify": lambda choices: (2 * choices["V"], 2),
-    "flush": lambda choices: (choices["K"], 2),  # its kernel for few tokens has more
+    "flush": lambda choices: (128, {"bfloat16": 5, "float32": 8}[choices["STATE"]]),
 }
 
 
@@ -110,14 +110,16 @@ def test_states_go_through_bulk_copies(built, tmp_path):
 
 
 @pytest.mark.parametrize("arch", CAPABILITIES)
-def test_flush_multiplies_on_tensor_cores(built, tmp_path, arch):
-    """Two kernels, for few tokens and for many, each with three products of every eight channels."""
+def test_flush_is_a_few_copies_and_sums(built, tmp_path, arch):
+    """Bulk copies of three arrays of tokens, first and later ones, and of the state; a row is stored at once."""
     for choices in flush.every_choice():
         counts = instructions(Kernel("flush", tuple(choices.items()), arch), built, tmp_path)
-        assert counts["HMMA.1688.F32.TF32"] == 2 * 3 * choices["K"] // 8
-        # Of its 16 rows a warp loads and stores 16 bytes a lane at once.
-        moves = 16 * choices["K"] * {"float32": 4, "bfloat16": 2}[choices["STATE"]] // 32 // 16
-        assert counts["LDG.E.128"] == counts["STG.E.128"] == 2 * moves
+        assert counts["UBLKCP.S.G"] == 3 + 3 + 1
+        bits = choices["K"] // 32 * {"float32": 32, "bfloat16": 16}[choices["STATE"]]
+        rows = {"float32": 8, "bfloat16": 16}[choices["STATE"]]  # of a warp
+        assert counts["STG.E" if bits == 32 else f"STG.E.{bits}"] == rows
+        sums = 2 * rows * choices["K"] // 32  # of a token, and with the state
+        assert counts["FFMA"] + 2 * counts["FFMA2"] == sums
         assert not any(name.startswith("F2F.") for name in counts)
 
 

@@ -1,26 +1,25 @@
 """flush: the state of every row advanced over its accepted tokens, in place.
 
 Bound: memory, as decode: 2 V K numbers of state to T (2 V + K) of the update. So programs are small, take states in the
-order of their addresses, and make two round trips: for where the state is and, not waiting for that, for the tokens, into
-shared memory; then for all of their state at once, into registers. While it is under way each thread goes backwards over the
-tokens in one channel, for the decay from each to the last accepted one. With it on the keys, what the tokens add is one
-product on tensor cores, [V, T] x [T, K], eight tokens at a time, factors taken as sums of two TF32 numbers: the work is the
-same whatever was accepted. A product may have its columns in any order, so a lane loads 16 bytes side by side of where its
-sums will be. Rows that accepted nothing, and padded ones, are neither loaded nor stored.
+order of their addresses, and make two round trips: for where the state is and, not waiting for that, for the tokens; then
+for all of their state at once. Both come into shared memory by bulk copies, which hold no registers. While the state is
+under way a warp goes backwards over the tokens, from the last accepted one, with the decay since each, and sums what they
+add to its rows; the state then takes one multiplication and addition a number, and is stored from registers. Rows that
+accepted nothing, and padded ones, are neither loaded nor stored.
 """
 
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, TFloat32
+from cutlass import Float32, Int32, Int64
+from cutlass.cute.nvgpu import cpasync
 
-from .product import add, atom, halves, zeros
-from .token import TYPES, WARP, exp, held, loaded, select, slot_of, wide, write
+from .token import TYPES, WARP, exp, from_lane, in_pieces, loaded, wide, within, write
 
-ROWS = 16  # of the state to a warp, and to a product
-EIGHT = 8  # tokens of a product
-# By the pool's dtype and whether tokens may be more than eight: programs of 128 threads on a multiprocessor.
-AT_ONCE = {("bfloat16", False): 7, ("bfloat16", True): 2, ("float32", False): 4, ("float32", True): 2}
+WARPS = 4  # of a program, which share its tokens
+ROWS = {"bfloat16": 16, "float32": 8}  # of a warp
+AT_ONCE = {"bfloat16": 5, "float32": 8}  # programs on a multiprocessor
+TOKENS = 8  # in shared memory at once
 
 
 def operands(K, V, STATE):
@@ -30,18 +29,9 @@ def operands(K, V, STATE):
     return [*update, state, ("N", "int32"), ("N", "int32")], [state], {3: 0}
 
 
-def pitch(K):
-    """From the keys of two tokens to those of the next two: lanes of a request then meet in no bank."""
-    return 2 * K + 8
-
-
-def u_pitch(K):
-    """From a token's u to the next one's, of the K / 2 rows that a program has."""
-    return K // 2 + 4
-
-
 def shared_bytes(K, V, STATE):
-    return (EIGHT * (u_pitch(K) + 2 * K + pitch(K)) + K) * 4
+    rows = WARPS * ROWS[STATE]
+    return rows * K * TYPES[STATE].width // 8 + TOKENS * (rows + 2 * K) * 4 + (WARPS + 1) * 8
 
 
 @cute.jit
@@ -50,157 +40,117 @@ def launch(
     u: cute.Tensor, k: cute.Tensor, g: cute.Tensor, state: cute.Tensor, slots: cute.Tensor, accepted: cute.Tensor,
     *, K: cutlass.Constexpr, V: cutlass.Constexpr, STATE: cutlass.Constexpr,
 ):  # fmt: skip
-    if u.shape[1] <= EIGHT:
-        enqueue(stream, (u, k, g, state, slots, accepted), K, V, STATE, False)
-    else:
-        enqueue(stream, (u, k, g, state, slots, accepted), K, V, STATE, True)
-
-
-def enqueue(stream, arrays, K, V, STATE, MANY):
-    u = arrays[0]
-    flush(*arrays, K, V, STATE, MANY).launch(
-        grid=[u.shape[0] * u.shape[2] * (V // (K // WARP * ROWS)), 1, 1],
-        block=[K, 1, 1],
-        min_blocks_per_mp=AT_ONCE[STATE, MANY] * (128 // K),
+    value_heads = u.shape[2]
+    programs = value_heads * (V // (WARPS * ROWS[STATE]))  # of a row
+    flush(
+        u, k, g, state, slots, accepted,
+        cute.FastDivmodDivisorV2(programs), cute.FastDivmodDivisorV2(value_heads // k.shape[2]), K, V, STATE,
+    ).launch(
+        grid=[u.shape[0] * programs, 1, 1],
+        block=[WARPS * WARP, 1, 1],
+        min_blocks_per_mp=AT_ONCE[STATE],
         preferred_smem_carveout=100,  # percent; left out, the DSL would ask a device
         stream=stream,
-    )
+    )  # fmt: skip
 
 
-def packed(x, shape):
-    """``x``, whose numbers are fewer than 2^31 and lie in one piece, as an array of another shape."""
-    strides, size = [], 1
-    for extent in reversed(shape):
-        strides.insert(0, size)
-        size = extent * size
-    return cute.make_tensor(x.iterator, cute.make_layout(shape, stride=tuple(strides)))
+@cute.jit
+def request(sources: cutlass.Constexpr, places: cutlass.Constexpr, arrives, first, thread):
+    """Up to TOKENS from ``first`` on: an array by a warp of its own, a token of it by a lane."""
+    count = cutlass.min(sources[0].shape[0] - first, TOKENS)
+    if thread == 0:
+        cute.arch.mbarrier_arrive_and_expect_tx(arrives, count * sum(x.shape[1] * 4 for x in places))
+    for i, (x, to) in enumerate(zip(sources, places, strict=True)):
+        if (thread // WARP == i % WARPS) & (thread % WARP < count):
+            load = cute.make_copy_atom(cpasync.CopyBulkG2SOp(), Float32, num_bits_per_copy=to.shape[1] * 32)
+            cute.copy(load, x[first + thread % WARP, None], to[thread % WARP, None], mbar_ptr=arrives)
 
 
-def request(arrays, tokens, n, t, heads, part, PARTS, thread):
-    """Eight tokens from t on, into shared memory, 16 bytes a thread at once."""
-    mode = cute.nvgpu.cpasync.LoadCacheMode.GLOBAL
-    load = cute.make_copy_atom(cute.nvgpu.cpasync.CopyG2SOp(mode), Float32, num_bits_per_copy=128)
-    THREADS = tokens[1].shape[1]
-    parts = (part, PARTS), (0, 1), (0, 1)  # of u what the program's rows want
-    for x, to, head, (which, count) in zip(arrays, tokens, heads, parts, strict=True):
-        COUNT = to.shape[1] // 4  # of threads to a token
-        pieces = packed(x, (*x.shape[:3], count, COUNT, 4))
-        places = cute.make_tensor(to.iterator, cute.make_layout((EIGHT, COUNT, 4), stride=(to.layout.stride[0], 4, 1)))
-        for first in range(0, EIGHT, THREADS // COUNT):
-            i, piece = first + thread // COUNT, thread % COUNT
-            there = cutlass.min(t + i, x.shape[1] - 1)
-            cute.copy(load, pieces[n, there, head, which, piece, None], places[i, piece, None])
-    cute.arch.cp_async_commit_group()
-
-
-def share(tokens, left, keys, decays, thread, row, column):
-    """Of eight tokens, the first ``left`` accepted: writes what all warps want of them, returns a lane's factors of u."""
-    u, k, g = tokens
-    after, found = Float32(0.0), []  # the log decay from a token to the last accepted one
-    for i in reversed(range(EIGHT)):
-        found.insert(0, select(i < left, k[i, thread] * exp(after), Float32(0.0)))
-        after = after + select(i < left, g[i, thread], Float32(0.0))
-    for part, some in enumerate(halves(found, TFloat32)):
-        pairs = cute.make_tensor(some.iterator, cute.make_layout((EIGHT // 2, 2), stride=(2, 1)))
-        for pair in range(EIGHT // 2):
-            cute.autovec_copy(pairs[pair, None], keys[part, pair, thread, None])
-    decays[thread] = exp(after)
-    pairs = cute.make_tensor(u.iterator, cute.make_layout((EIGHT, u.shape[1] // 2, 2), stride=(u.layout.stride[0], 2, 1)))
-    known = []
-    for e in range(2):
-        known += [select(2 * column + e < left, x, Float32(0.0)) for x in loaded(pairs[2 * column + e, row // 2, None])]
-    return halves(known, TFloat32)
-
-
-def advanced(rows, x, updates, keys, decays, line, column):
-    """A lane's part of two rows, of load x, over eight tokens."""
-    product = atom(TFloat32)
-    decay = loaded(decays[x, column, None])
-    new = [[None] * len(decay) for _ in range(2)]
-    for quad in range(len(decay) // 4):
-        rights = []
-        for part in range(2):
-            own = cute.make_rmem_tensor(cute.make_layout(4), TFloat32)  # two columns of two tokens
-            cute.autovec_copy(keys[part, column, x, line // 2, quad, line % 2, None], own)
-            rights.append(cute.make_tensor(own.iterator, cute.make_layout((2, 2), stride=(2, 1))))
-        for s in range(2):
-            added = zeros(4)
-            add(product, added, updates, [own[s, None] for own in rights])
-            for i in range(2):
-                for e in range(2):
-                    c = quad * 4 + 2 * e + s
-                    new[i][c] = rows[i, x, c].to(Float32) * decay[c] + added[2 * i + e]
-    return new
+def precede(added, after, u, k, g):
+    """Adds what a token does to a lane's part of its rows; ``after`` is the log decay from it to the last accepted one."""
+    key, log = loaded(k), loaded(g)
+    for e in range(len(key)):
+        key[e] = key[e] * exp(after[e])
+        after[e] = after[e] + log[e]
+    for four in range(u.shape[0]):
+        for i, x in enumerate(loaded(u[four, None])):
+            for e in range(len(key)):
+                added[four * 4 + i, e] = cute.math.fma(x, key[e], added[four * 4 + i, e])
 
 
 @cute.kernel
 def flush(
     u: cute.Tensor, k: cute.Tensor, g: cute.Tensor, state: cute.Tensor, slots: cute.Tensor, accepted: cute.Tensor,
-    K: cutlass.Constexpr, V: cutlass.Constexpr, STATE: cutlass.Constexpr, MANY: cutlass.Constexpr,
+    programs: cute.FastDivmodDivisorV2, group: cute.FastDivmodDivisorV2,
+    K: cutlass.Constexpr, V: cutlass.Constexpr, STATE: cutlass.Constexpr,
 ):  # fmt: skip
     thread, _, _ = cute.arch.thread_idx()
     program, _, _ = cute.arch.block_idx()
     lane, warp = thread % WARP, thread // WARP
-    line, column = lane // 4, lane % 4  # of a product's fragments
-    value_heads, PARTS = u.shape[2], V // (K // WARP * ROWS)
-    part, hv, n = program % PARTS, program // PARTS % value_heads, program // PARTS // value_heads
-    h = hv * k.shape[2] // value_heads
-    row = warp * ROWS + 2 * line  # the first of a lane's two, which are side by side
-    slot, live = slot_of(slots, state.shape[0], n)
-    taken = cutlass.min(accepted[n], u.shape[1])
-    cute.arch.sync_warp()  # or the assembler would turn the order of requests around, here and below
+    OWN, EACH = ROWS[STATE], K // WARP
+    PARTS = V // (WARPS * OWN)
+    n, rest = Int32(program // programs), Int32(program % programs)
+    hv, part = rest // PARTS, rest % PARTS
+    h = Int32(hv // group)
+    where, count = Int32(0), Int32(0)
+    if lane == 0:  # a load that all lanes shared the assembler would wait for before it requests the tokens
+        where, count = slots[n], accepted[n]
 
     memory = cutlass.utils.SmemAllocator()
-    layouts = [cute.make_layout((EIGHT, K // 2), stride=(u_pitch(K), 1))] + [cute.make_layout((EIGHT, K), stride=(K, 1))] * 2
-    tokens = [memory.allocate_tensor(Float32, layout, 128) for layout in layouts]
-    SIDE = 128 // TYPES[STATE].width
-    LOADS = K // (4 * SIDE)
-    shape = state.shape[0], value_heads, V, LOADS, 4, SIDE
-    strides = wide(value_heads, V * K), V * K, K, 4 * SIDE, SIDE, 1
-    places = cute.make_tensor(state.iterator, cute.make_layout(shape, stride=strides))
-    shape, strides = (2, EIGHT // 2, K, 2), (EIGHT // 2 * pitch(K), pitch(K), 2, 1)  # halves, pairs of tokens
-    keys = memory.allocate_tensor(TFloat32, cute.make_layout(shape, stride=strides), 128)
-    shape, strides = (2, EIGHT // 2, LOADS, 4, SIDE // 4, 2, 4), (*strides[:2], 8 * SIDE, 2 * SIDE, 8, 4, 1)
-    keys_fragments = cute.make_tensor(keys.iterator, cute.make_layout(shape, stride=strides))
-    decays = memory.allocate_tensor(Float32, cute.make_layout(K), 128)
-    decays_fragments = cute.make_tensor(decays.iterator, cute.make_layout((LOADS, 4, SIDE), stride=(4 * SIDE, SIDE, 1)))
+    rows = memory.allocate_tensor(TYPES[STATE], cute.make_layout((WARPS, OWN * K), stride=(OWN * K, 1)), 128)
+    sizes = WARPS * OWN, K, K
+    places = [memory.allocate_tensor(Float32, cute.make_layout((TOKENS, x), stride=(x, 1)), 128) for x in sizes]
+    state_here = memory.allocate_array(Int64, WARPS + 1)  # each warp's part of it
+    tokens_here = state_here + WARPS
+    if thread == 0:
+        for i in cutlass.range_constexpr(WARPS + 1):
+            cute.arch.mbarrier_init(state_here + i, 1)
+        cute.arch.mbarrier_init_fence()
+    cute.arch.sync_threads()
 
-    where = (hv, h, hv), part, PARTS
-    if cutlass.const_expr(not MANY):
-        request((u, k, g), tokens, n, 0, *where, thread)
-    if live & (taken > 0):
-        first = part * (K // 2) + row
-        own = cute.make_layout((2, LOADS, SIDE), stride=(LOADS * SIDE, SIDE, 1))
-        raw = cute.make_rmem_tensor(own, TYPES[STATE])
-        for x in cutlass.range_constexpr(LOADS):
-            for i in cutlass.range_constexpr(2):
-                cute.autovec_copy(places[slot, hv, first + i, x, column, None], raw[i, x, None])
-        cute.arch.sync_warp()
-        if cutlass.const_expr(not MANY):
-            cute.arch.cp_async_wait_group(0)
+    lead = u.shape[0], u.shape[1]
+    of_u = in_pieces(u, (*lead, u.shape[2]), V, WARPS * OWN)[n, None, hv, part, None]
+    of_k = in_pieces(k, (*lead, k.shape[2]), K, K)[n, None, h, 0, None]
+    of_g = in_pieces(g, (*lead, u.shape[2]), K, K)[n, None, hv, 0, None]
+    sources = of_u, of_k, of_g
+    loops = cutlass.max((u.shape[1] + TOKENS - 1) // TOKENS, 1)
+    request(sources, places, tokens_here, (loops - 1) * TOKENS, thread)
+    slot, live = within(state.shape[0], from_lane(where, 0))
+    taken = cutlass.min(from_lane(count, 0), u.shape[1])
+    live = live & (taken > 0)
+    shape, strides = (state.shape[0], u.shape[2], V // OWN), (wide(u.shape[2], V * K), V * K, OWN * K)
+    tiles = cute.make_tensor(state.iterator, cute.make_layout((*shape, OWN * K), stride=(*strides, 1)))
+    by_row = cute.make_layout((*shape, OWN, WARP, EACH), stride=(*strides, K, EACH, 1))
+    pool = cute.make_tensor(state.iterator, by_row)
+    tile = part * WARPS + warp
+    if live & (lane == 0):
+        bits = OWN * K * TYPES[STATE].width
+        load = cute.make_copy_atom(cpasync.CopyBulkG2SOp(), TYPES[STATE], num_bits_per_copy=bits)
+        cute.arch.mbarrier_arrive_and_expect_tx(state_here + warp, bits // 8)
+        cute.copy(load, tiles[slot, hv, tile, None], rows[warp, None], mbar_ptr=state_here + warp)
+
+    by_lane = cute.make_layout((TOKENS, WARP, EACH), stride=(K, EACH, 1))
+    keys, logs = (cute.make_tensor(x.iterator, by_lane) for x in places[1:])
+    by_rows = cute.make_layout((TOKENS, WARPS, OWN // 4, 4), stride=(WARPS * OWN, OWN, 4, 1))
+    updates = cute.make_tensor(places[0].iterator, by_rows)
+    added = cute.make_rmem_tensor(cute.make_layout((OWN, EACH), stride=(EACH, 1)), Float32)
+    after = cute.make_rmem_tensor(cute.make_layout(EACH), Float32)
+    added.fill(0.0)
+    after.fill(0.0)
+    for i in cutlass.range(loops, unroll=1):
+        cute.arch.mbarrier_wait(tokens_here, i % 2)
+        first = (loops - 1 - i) * TOKENS
+        here = cutlass.min(taken - first, TOKENS)
+        for j in cutlass.range(here, unroll=1):
+            token = here - 1 - j
+            precede(added, after, updates[token, warp, None, None], keys[token, lane, None], logs[token, lane, None])
+        if first > 0:
             cute.arch.sync_threads()
-            updates = share(tokens, taken, keys, decays, thread, row, column)
-            cute.arch.sync_threads()
-            for x in cutlass.range_constexpr(LOADS):
-                for i, new in enumerate(advanced(raw, x, updates, keys_fragments, decays_fragments, line, column)):
-                    write(new, places[slot, hv, first + i, x, column, None])
-                cute.arch.sync_warp()  # or the assembler would start all loads' work at once, which takes more registers
-        else:
-            rows = cute.make_rmem_tensor(own, Float32)
-            for x in cutlass.range_constexpr(LOADS):
-                for i in cutlass.range_constexpr(2):
-                    write(held(raw[i, x, None]), rows[i, x, None])
-            for t in cutlass.range(0, taken, EIGHT):
-                request((u, k, g), tokens, n, t, *where, thread)
-                cute.arch.cp_async_wait_group(0)
-                cute.arch.sync_threads()
-                updates = share(tokens, taken - t, keys, decays, thread, row, column)
-                cute.arch.sync_threads()
-                for x in cutlass.range_constexpr(LOADS):
-                    for i, new in enumerate(advanced(rows, x, updates, keys_fragments, decays_fragments, line, column)):
-                        write(new, rows[i, x, None])
-                    cute.arch.sync_warp()
-            for x in cutlass.range_constexpr(LOADS):
-                for i in cutlass.range_constexpr(2):
-                    write(held(rows[i, x, None]), places[slot, hv, first + i, x, column, None])
-    cute.arch.cp_async_wait_group(0)  # also where nothing was done with what was requested
+            request(sources, places, tokens_here, first - TOKENS, thread)
+    if live:
+        decay = [exp(after[e]) for e in range(EACH)]
+        raw = cute.make_tensor(rows.iterator, cute.make_layout((WARPS, OWN, WARP, EACH), stride=(OWN * K, K, EACH, 1)))
+        cute.arch.mbarrier_wait(state_here + warp, 0)
+        for i in cutlass.range_constexpr(OWN):
+            row = loaded(raw[warp, i, lane, None])
+            write([cute.math.fma(x, decay[e], added[i, e]) for e, x in enumerate(row)], pool[slot, hv, tile, i, lane, None])

@@ -64,14 +64,18 @@ def wide(n, size):
     return cute.assume(Int64(n) * size, divby=size)
 
 
-def by_lane(x, lead, channels):
-    """``x`` [..., K] as [..., 32, K / 32], rows of whatever lies before K; its numbers are fewer than 2^31."""
-    each = channels // WARP
+def in_pieces(x, lead, channels, each):
+    """``x`` [..., K] as [..., K / each, each], rows of whatever lies before K; its numbers are fewer than 2^31."""
     strides, size = [], channels
     for n in reversed(lead):
         strides.insert(0, size)
         size = size * n
-    return cute.make_tensor(x.iterator, cute.make_layout((*lead, WARP, each), stride=(*strides, each, 1)))
+    return cute.make_tensor(x.iterator, cute.make_layout((*lead, channels // each, each), stride=(*strides, each, 1)))
+
+
+def by_lane(x, lead, channels):
+    """``x`` [..., K] as [..., 32, K / 32]."""
+    return in_pieces(x, lead, channels, channels // WARP)
 
 
 def loaded(x):
