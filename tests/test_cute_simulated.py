@@ -81,7 +81,7 @@ def test_decode_mtp_paged():
     assert_equal(state, operands.state)
 
 
-def check_verify_and_flush(monkeypatch, case, slots=SLOTS):
+def check_verify_and_flush(case, slots=SLOTS):
     operands, spec, arrays, options, limits = drawn_operands(case, "draft", slots)
     o, *update = verify_calls.verify(operands, VerifySpec(**spec, with_update=True))
     assert_equal(verify_calls.verify(operands, VerifySpec(**spec, with_update=False)), (o,))
@@ -89,24 +89,35 @@ def check_verify_and_flush(monkeypatch, case, slots=SLOTS):
     assert not any(x[padded].any() for x in (o, *update))
     accepted = np.asarray([case.tokens, 1, 0], np.int32)[: case.batch]
     flushed = FlushOperands(*update, operands.state, operands.state_indices, accepted)
-    states = []
-    for streamed in (RING, NO_RING):
-        monkeypatch.setattr(flush_calls, "STREAMED", streamed)
-        states += flush_calls.flush(flushed, FlushSpec(None))
-    assert_equal(*states)
-    check((o, states[0]), (oracle.verify(*arrays, **options), oracle.verify_flush(*arrays, accepted, **options)), limits)
+    (state,) = flush_calls.flush(flushed, FlushSpec(None))
+    check((o, state), (oracle.verify(*arrays, **options), oracle.verify_flush(*arrays, accepted, **options)), limits)
 
 
 @variants(tokens=3)
-def test_verify_and_flush(monkeypatch, case):
-    check_verify_and_flush(monkeypatch, case)
+def test_verify_and_flush(case):
+    check_verify_and_flush(case)
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 9, 16])
-def test_verify_of_so_many_tokens(monkeypatch, tokens):
-    """Eight are one product's, and one kernel's; and without indices row n is slot n."""
+def test_verify_of_so_many_tokens(tokens):
+    """Eight are what verify has in one product and flush at once; and without indices row n is slot n."""
     case = dataclasses.replace(SMALL, batch=1, value_heads=1, pool_size=None, tokens=tokens)
-    check_verify_and_flush(monkeypatch, case, None)
+    check_verify_and_flush(case, None)
+
+
+@pytest.mark.parametrize("tokens", [4, 9])
+def test_flush_does_not_read_what_was_not_accepted(tokens):
+    """Tokens behind the accepted ones change no bit, whatever they hold and however many they are."""
+    case = dataclasses.replace(SMALL, tokens=3, value_heads=1, state_dtype="bfloat16")
+    operands, spec, *_ = drawn_operands(case, "draft", SLOTS)
+    _, *update = verify_calls.verify(operands, VerifySpec(**spec, with_update=True))
+    accepted = np.asarray([3, 0], np.int32)
+    more = [np.concatenate([x, np.full((x.shape[0], tokens - 3, *x.shape[2:]), np.nan, x.dtype)], 1) for x in update]
+    states = [
+        flush_calls.flush(FlushOperands(*given, operands.state, operands.state_indices, accepted), FlushSpec(None))
+        for given in (update, more)
+    ]
+    assert_equal(*states)
 
 
 def test_gate_parameters_of_each_row():

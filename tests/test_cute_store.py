@@ -30,19 +30,24 @@ KERNEL = Kernel("decode", tuple(OF_DECODE.items()), "sm_90a")
 FIGURES = {"dsl": "4.8.1", "registers": 72, "stack": 0, "shared": 65568}
 
 
-STREAMING = (2 * 4 + 1) * 32, 2
-
-
-def at_once(choices):
+def of_decode(choices):
     source = pytest.importorskip("kda_jax.kernels.cute.decode")
-    return source.at_once(choices["FORM"])
+    return 32, source.at_once(choices["FORM"])
+
+
+def of_verify(choices):
+    """Its kernel for many tokens, which has more of everything."""
+    source = pytest.importorskip("kda_jax.kernels.cute.verify")
+    many = choices["STATE"], max(source.TOKENS)
+    warps = choices["V"] // (source.TILES[many] * source.EIGHT) + source.ways_of(choices["K"])
+    return warps * 32, source.AT_ONCE[many] * (128 // choices["V"])
 
 
 # The threads of a program, and the programs that are to share a multiprocessor.
 RESIDENT = {
-    "decode": lambda choices: (32, at_once(choices)),
-    "verify": lambda choices: (2 * choices["V"], 2),
-    "flush": lambda choices: STREAMING if choices["STREAM"] else (128, 4),
+    "decode": of_decode,
+    "verify": of_verify,
+    "flush": lambda choices: (128, {"bfloat16": 5, "float32": 8}[choices["STATE"]]),
 }
 
 
@@ -104,17 +109,18 @@ def instructions(kernel, folder, scratch):
     return collections.Counter(word for word in text.replace(";", " ").split() if word[0].isupper())
 
 
-def test_states_go_through_bulk_copies(built, tmp_path):
-    """Loads of the first tiles and of later ones, one store; and a lane reads its part of a row of the ring at once."""
+@pytest.mark.parametrize("arch", CAPABILITIES)
+def test_flush_is_a_few_copies_and_sums(built, tmp_path, arch):
+    """Bulk copies of three arrays of tokens, first and later ones, and of the state; a row is stored at once."""
     for choices in flush.every_choice():
-        if not choices["STREAM"]:
-            continue
-        counts = instructions(Kernel("flush", tuple(choices.items()), "sm_90a"), built, tmp_path)
-        assert counts["UBLKCP.S.G"] >= 2
-        assert counts["UBLKCP.G.S"] >= 1
+        counts = instructions(Kernel("flush", tuple(choices.items()), arch), built, tmp_path)
+        assert counts["UBLKCP.S.G"] == 3 + 3 + 1
         bits = choices["K"] // 32 * {"float32": 32, "bfloat16": 16}[choices["STATE"]]
-        width = "" if bits == 32 else f".{bits}"
-        assert counts[f"LDS{width}"] == counts[f"STS{width}"] > 0
+        rows = {"float32": 8, "bfloat16": 16}[choices["STATE"]]  # of a warp
+        assert counts["STG.E" if bits == 32 else f"STG.E.{bits}"] == rows
+        sums = 2 * rows * choices["K"] // 32  # of a token, and with the state
+        assert counts["FFMA"] + 2 * counts["FFMA2"] == sums
+        assert not any(name.startswith("F2F.") for name in counts)
 
 
 @pytest.mark.parametrize("arch", CAPABILITIES)
@@ -124,12 +130,11 @@ def test_verify_multiplies_on_tensor_cores(built, tmp_path, state_dtype, arch):
     source = pytest.importorskip("kda_jax.kernels.cute.verify")
     choices = CHOICES | {"STATE": state_dtype, "UPDATE": False}
     counts = instructions(Kernel("verify", tuple(choices.items()), arch), built, tmp_path)
-    of_few, of_many = ((source.TILES[state_dtype, most]) for most in source.TOKENS)  # products of a warp side by side
+    of_few, of_many = ((source.TILES[state_dtype, most]) for most in source.TOKENS)  # eights of rows of a warp
     halves = {"float32": 3, "bfloat16": 2}[state_dtype]
-    assert counts["HMMA.16816.F32.BF16"] == 128 // 16 * 2 * halves * (of_few + 2 * of_many)
+    assert counts["HMMA.16816.F32.BF16"] == 128 // 16 * halves * (of_few + 2 * of_many)
     assert counts["HMMA.1688.F32.TF32"] == 3 * (of_few + 3 * of_many)
-    of_state = sum(count for name, count in counts.items() if name.startswith("LDGSTS"))  # 16 bytes each
-    assert of_state == 16 * 128 * {"float32": 4, "bfloat16": 2}[state_dtype] // 32 // 16 * (of_few + of_many)
+    assert counts["UBLKCP.S.G"] == 2 * 2  # of two kernels, the first head's state and each next one's
     # No conversion of a single number: those are slow.
     assert not any(name.startswith("F2F.") for name in counts)
 
@@ -199,7 +204,7 @@ CALLS = {
     "decode": (decode_call, OF_DECODE),
     "decode_mtp": (decode_mtp_call, OF_DECODE | {"FORM": "decode_mtp"}),
     "verify": (verify_call, CHOICES | {"UPDATE": True}),
-    "flush": (flush_call, {"K": 128, "V": 128, "STATE": "float32", "STREAM": True}),
+    "flush": (flush_call, {"K": 128, "V": 128, "STATE": "float32"}),
 }
 
 
