@@ -16,6 +16,7 @@ COLUMNS = {
     "value_heads": "HV",
     "pool": "pool",
     "n": "N",
+    "implementation": "implementation",
     "us": "us",
     "kernel_us": "kernel us",
     "tb_s": "TB/s of state",
@@ -23,16 +24,19 @@ COLUMNS = {
 
 
 def run(size: str, implementation: str | None) -> list[dict[str, Any]]:
-    programs = [_program(cell, implementation) for cell in cells("decode", size)]
-    rows = gpu.time_all(programs, lambda cell: {"decode": ()})
-    for program, row in zip(programs, rows, strict=True):
-        row |= program.cell.decode_bytes()
-        if "us" in row:
-            row["tb_s"] = row["state_bytes"] / row["us"] / 1e6
-    return rows
+    found = []
+    for name in (implementation,) if implementation else gpu.IMPLEMENTATIONS:
+        programs = [_program(cell, name) for cell in cells("decode", size)]
+        rows = gpu.time_all(programs, lambda cell: {"decode": ()})
+        for program, row in zip(programs, rows, strict=True):
+            row |= {"implementation": name} | program.cell.decode_bytes()
+            if "us" in row:
+                row["tb_s"] = row["state_bytes"] / row["us"] / 1e6
+        found += rows
+    return found
 
 
-def _program(cell: Cell, implementation: str | None) -> gpu.Program:
+def _program(cell: Cell, implementation: str) -> gpu.Program:
     # Jitted on its own so that it is traced and lowered once; XLA inlines it.
     @jax.jit
     def step(pool, slots, q, k, v, g, beta, A_log, dt_bias):

@@ -20,6 +20,7 @@ import numpy as np
 import kda_jax as kda
 from benchmarks.cells import LOWER_BOUND, Cell
 
+IMPLEMENTATIONS = ("triton", "cute")  # that are timed, each where None might pick it
 OPTIONS = {"qk_l2norm": True, "beta_sigmoid": True}
 # A round starts on an idle GPU, which costs up to a millisecond: long rounds, so that it does not count.
 ROUNDS, ROUND_SECONDS = 3, 0.08

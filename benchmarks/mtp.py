@@ -20,12 +20,18 @@ COLUMNS = {
     "n": "N",
     "tokens": "T",
     "variant": "accepted",
+    "implementation": "implementation",
     "us": "us",
     "kernel_us": "kernel us",
 }
 
 
 def run(size: str, implementation: str | None) -> list[dict[str, Any]]:
+    names = (implementation,) if implementation else gpu.IMPLEMENTATIONS
+    return [row | {"implementation": name} for name in names for row in _run(size, name)]
+
+
+def _run(size: str, implementation: str) -> list[dict[str, Any]]:
     chosen = cells("mtp", size)
     chains = gpu.time_all([_chain(cell, implementation) for cell in chosen], _counts)
     for row in chains:
@@ -47,7 +53,7 @@ def _first(outputs: list[jax.Array]) -> jax.Array:
     return jnp.stack([o[(0,) * o.ndim] for o in outputs])
 
 
-def _chain(cell: Cell, implementation: str | None) -> gpu.Program:
+def _chain(cell: Cell, implementation: str) -> gpu.Program:
     """All calls' verify, then all calls' flush, as a model's layers run, with a stand-in for the sampler between."""
 
     @jax.jit
@@ -71,7 +77,7 @@ def _chain(cell: Cell, implementation: str | None) -> gpu.Program:
     return gpu.Program(cell, function, (*gpu.tokens(cell, cell.n, cell.tokens), np.zeros(cell.n, np.int32)))
 
 
-def _strict(cell: Cell, implementation: str | None) -> gpu.Program:
+def _strict(cell: Cell, implementation: str) -> gpu.Program:
     @jax.jit
     def step(pool, slots, q, k, v, g, beta, A_log, dt_bias):
         options = gpu.options(A_log, dt_bias, implementation)

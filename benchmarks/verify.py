@@ -21,13 +21,12 @@ COLUMNS = {
     "kernel_us": "kernel us",
     "tb_s": "TB/s of state",
 }
-IMPLEMENTATIONS = ("triton", "cute")
 
 
 def run(size: str, implementation: str | None) -> list[dict[str, Any]]:
     chosen = cells("verify", size)
     rows = []
-    for name in (implementation,) if implementation else IMPLEMENTATIONS:
+    for name in (implementation,) if implementation else gpu.IMPLEMENTATIONS:
         timed = gpu.time_all([_program(cell, name) for cell in chosen], lambda cell: {"verify": ()})
         for cell, row in zip(chosen, timed, strict=True):
             row |= {"implementation": name, "state_bytes": cell.states, "other_bytes": cell.tokens_in_out}

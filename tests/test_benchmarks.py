@@ -117,7 +117,9 @@ def results(tmp_path):
         for variant, m in counts.items():
             moved = cell.decode_bytes() if variant == "decode" else cell.chain_bytes(m)
             row = cell.row() | {"variant": variant}
-            ours["decode" if variant == "decode" else "mtp"].append(row | {"us": us, "kernel_us": us - 1} | moved)
+            suite = ours["decode" if variant == "decode" else "mtp"]
+            for name, n in {"triton": 2, "cute": 1}.items():
+                suite.append(row | {"implementation": name, "us": n * us, "kernel_us": n * us - 1} | moved)
             peers.append(row | {"peer": "sglang", "us": 3 * us})
         if cell.tokens == 1:
             peers += [row | {"peer": "fla", "us": 2 * us}, row | {"peer": "fla", "variant": "x", "error": ["refused"]}]
@@ -168,7 +170,7 @@ def test_report(results, monkeypatch):
     share = 2 * 128 * 32 * 128 * 128 * 4 / 100e-6 / 4e12
     assert f"| decode: share of RMW bandwidth, N HV >= 4096, float32 | {share:.2f} |" in page
     assert "| loop / kernels, N >= 8, flags: graphs | 1.10 |" in page
-    assert "100.0 (99.0; 3.00)" in page
+    assert "100.0 (C; 99.0; 3.00)" in page
     first = "B=1 T=8192 H=64 HV=64 lower_bound"
     assert f"| {first} | 100 | 2.00 | 12.00 | 400 | 2.00 | 12.00 | 2.00 | 3.00 | 20.00 |" in page
     second = "B=2 T=4096 H=16 HV=32 softplus"
