@@ -117,7 +117,7 @@ _MTP_GPU = "benchmarks/results/mtp-gpu.json"
 _PALLAS_GPU = "benchmarks/results/pallas-gpu.json"
 _CUTE_GPU = "benchmarks/results/cute-gpu.json"
 _CPU = "benchmarks/results/serving-cpu.json"
-_Q8_0_GPU = "benchmarks/results/q8-0-gpu.json"  # the run to be made
+_Q8_0_GPU = "benchmarks/results/q8_0-gpu.json"  # the run to be made
 
 # The first row that serves a call wins, so the fastest stands first; None passes over those with default=False.
 TABLE = (
