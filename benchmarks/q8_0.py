@@ -101,7 +101,7 @@ def read_bandwidth(size: int) -> float:
 
 
 def _call(program: Program) -> Callable[..., Any]:
-    """What is timed: ``(x, weights, lanes) -> results``, where lanes are residual, post and comb, or none."""
+    """What is timed: ``(x, weights, lanes) -> results``, where lanes are residual, post, comb and no add, or nothing."""
     _, variant, implementation = program
     matmul, matmul_pair, matmul_hc_expand = (
         functools.partial(getattr(q8_0, name), implementation=implementation)
@@ -113,7 +113,7 @@ def _call(program: Program) -> Callable[..., Any]:
         "matmul_pair": lambda x, weights, lanes: matmul_pair(x, *weights),
         "two of matmul": lambda x, weights, lanes: _in_turn(matmul, x, weights),
         "matmul_hc_expand": lambda x, weights, lanes: matmul_hc_expand(x, *weights, *lanes),
-        "matmul, then XLA": lambda x, weights, lanes: hc_expand(matmul(x, *weights), *lanes, add=None),
+        "matmul, then XLA": lambda x, weights, lanes: hc_expand(matmul(x, *weights), *lanes),
     }[variant]
 
 
@@ -148,8 +148,8 @@ def _inputs(program: Program) -> tuple[Any, ...]:
     cell, quantised = program.cell, program.variant != "bfloat16 dot"
     weights = [tuple(_weight(i, (out, cell.inputs), quantised) for out in cell.outputs) for i in range(cell.calls)]
     x, n, lanes = gpu.normal(cell.n, cell.inputs, start=0), cell.n, cell.lanes
-    shapes = [(n, lanes, *cell.outputs), (n, lanes), (n, lanes, lanes)] if lanes else []
-    return x, weights, tuple(gpu.normal(*shape, start=1 << 20) for shape in shapes)
+    shapes = [(n, lanes, *cell.outputs), (n, lanes), (n, lanes, lanes)]
+    return x, weights, (*(gpu.normal(*shape, start=1 << 20) for shape in shapes), None) if lanes else ()
 
 
 def _weight_bytes(program: Program) -> int:
