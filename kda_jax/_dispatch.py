@@ -143,7 +143,7 @@ TABLE = (
     Row("kda_flush", "triton", _TRITON, "kda_jax.triton.flush:flush", _MTP_GPU),
     Row("kda_flush", "cute", _CUTE, "kda_jax.cute.flush:flush", _CUTE_GPU, default=False),
     Row("kda_flush", "xla", _ANY, "kda_jax.xla.flush:flush", _CPU),
-    # By name until they have run on a GPU.
+    # By name until they have been timed on a GPU.
     Row("q8_0_matmul", "triton", _TRITON_Q8_0, "kda_jax.triton.q8_0:matmul", _Q8_0_GPU, default=False),
     Row("q8_0_matmul", "xla", _ANY, "kda_jax.xla.q8_0:matmul", _Q8_0_GPU),
     Row("q8_0_matmul_pair", "triton", _TRITON_Q8_0, "kda_jax.triton.q8_0:matmul_pair", _Q8_0_GPU, default=False),
