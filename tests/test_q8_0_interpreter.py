@@ -25,7 +25,7 @@ SPEC = MatmulSpec("triton")
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
-    monkeypatch.setattr(calls, "DP4A", False)
+    monkeypatch.setattr(calls, "ASSEMBLY", False)
     with interpreter.installed(monkeypatch, calls):
         yield
 
