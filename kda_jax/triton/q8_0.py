@@ -10,7 +10,7 @@ from kda_jax._q8_0_operands import MatmulHcExpandOperands, MatmulOperands, Matmu
 from kda_jax.kernels.triton import q8_0 as kernels
 from kda_jax.triton.launch import launch, like
 
-ASSEMBLY = True
+COMPILED = True  # tests run them in the interpreter
 
 
 class Tile(NamedTuple):
@@ -26,12 +26,13 @@ class Tile(NamedTuple):
         return min(-(-out // (self.rows * programs)), MOST_TURNS)
 
 
-# By the tokens to a program; 8 tokens would spill.
+# By the tokens to a program; 8 tokens would spill. For more turns than FEW_TURNS the last one.
 TILES = {
-    1: Tile(rows=2, threads=768, eager=True),
-    2: Tile(rows=4, threads=512, eager=True),
-    4: Tile(rows=4, threads=512, eager=False, registers=128),
+    1: (Tile(rows=2, threads=768, eager=True),),
+    2: (Tile(rows=4, threads=512, eager=True),),
+    4: (Tile(rows=4, threads=256, eager=True), Tile(rows=4, threads=512, eager=False, registers=128)),
 }
+FEW_TURNS = 4
 MULTIPROCESSORS = 132  # of the GPU that the tiles were chosen on; with more or fewer they are not at once, but right
 MOST_TURNS = 16  # they are unrolled
 WARP_INPUTS = 1024  # of a row: a thread has a block
@@ -78,12 +79,12 @@ def _launch(kernel: Any, inputs: Any, weights: Any, outputs: Any, **constants: A
     n, size = inputs[0].shape
     groups = max(values.shape[0] if values.ndim == 3 else 1 for values in weights)
     tokens = min(_power(n // groups), max(TILES))
-    tile, warps = TILES[tokens], min(_power(-(-size // WARP_INPUTS)), MOST_WARPS)
+    warps = min(_power(-(-size // WARP_INPUTS)), MOST_WARPS)
     outs, token_tiles = [values.shape[-2] for values in weights], -(-(n // groups) // tokens)
-    turns = 1
-    if size <= MOST_WARPS * WARP_INPUTS:
-        # Of tokens the next power of two, so that one binary serves up to twice as many.
-        turns = tile.turns(groups * _power(token_tiles) * sum(outs), warps)
+    # As if tokens were the next power of two, so that one binary serves up to twice as many.
+    rows = groups * _power(token_tiles) * sum(outs)
+    tile = next((tile for tile in TILES[tokens] if tile.turns(rows, warps) <= FEW_TURNS), TILES[tokens][-1])
+    turns = tile.turns(rows, warps) if size <= MOST_WARPS * WARP_INPUTS else 1
     row_tiles = sum(-(-out // (tile.rows * turns)) for out in outs)
     return launch(
         kernel,
@@ -98,7 +99,7 @@ def _launch(kernel: Any, inputs: Any, weights: Any, outputs: Any, **constants: A
         TURNS=turns,
         EAGER=tile.eager,
         ALONE=token_tiles == 1,
-        ASSEMBLY=ASSEMBLY,
+        COMPILED=COMPILED,
         **constants,
     )
 

@@ -34,9 +34,9 @@ def fours(x):
 
 
 @triton.jit
-def pack(a, b, c, d, ASSEMBLY: tl.constexpr):
+def pack(a, b, c, d, COMPILED: tl.constexpr):
     """Four values as one word; without assembly for the interpreter, which has none."""
-    if ASSEMBLY:
+    if COMPILED:
         return tl.inline_asm_elementwise(
             "{.reg .b32 t; cvt.pack.sat.s8.s32.b32 t, $4, $3, 0; cvt.pack.sat.s8.s32.b32 $0, $2, $1, t;}",
             "=r,r,r,r,r",
@@ -49,9 +49,9 @@ def pack(a, b, c, d, ASSEMBLY: tl.constexpr):
 
 
 @triton.jit
-def dot_words(a, b, c, ASSEMBLY: tl.constexpr):
+def dot_words(a, b, c, COMPILED: tl.constexpr):
     """c and the products of four pairs of values."""
-    if ASSEMBLY:
+    if COMPILED:
         return tl.inline_asm_elementwise(
             "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], tl.int32, is_pure=True, pack=1
         )
@@ -67,46 +67,55 @@ def magnitude(x):
 
 
 @triton.jit
-def words(x, ASSEMBLY: tl.constexpr):
-    """[B, 8] as two words [B] of four values, rounded with ties away from zero."""
+def words(x, COMPILED: tl.constexpr):
+    """[B, 4] or [B, 8] as one or two words [B] of four values, rounded with ties away from zero."""
     # A tie and BELOW_HALF add up to the next integer, rounded; what lies below a tie stays below.
     sign = x.to(tl.int32, bitcast=True) & SIGN
     x = (x + (sign | BELOW_HALF).to(tl.float32, bitcast=True)).to(tl.int32)
-    even, odd = tl.split(tl.reshape(x, [x.shape[0], 4, 2]))
-    x0, x2, x4, x6 = fours(even)
-    x1, x3, x5, x7 = fours(odd)
-    return pack(x0, x1, x2, x3, ASSEMBLY), pack(x4, x5, x6, x7, ASSEMBLY)
+    if x.shape[1] == 4:
+        x0, x1, x2, x3 = fours(x)
+        found = (pack(x0, x1, x2, x3, COMPILED),)
+    else:
+        even, odd = tl.split(tl.reshape(x, [x.shape[0], 4, 2]))
+        x0, x2, x4, x6 = fours(even)
+        x1, x3, x5, x7 = fours(odd)
+        found = (pack(x0, x1, x2, x3, COMPILED), pack(x4, x5, x6, x7, COMPILED))
+    return found
 
 
 @triton.jit
-def quantize(quarters, ASSEMBLY: tl.constexpr):
-    """Blocks, in quarters [B, 8], as scales [B] and WORDS words [B], as _q8_0_format.quantize_blocks does."""
-    a, b, c, d = quarters
-    a, b, c, d = a.to(tl.float32), b.to(tl.float32), c.to(tl.float32), d.to(tl.float32)
-    largest = tl.maximum(tl.maximum(magnitude(a), magnitude(b)), tl.maximum(magnitude(c), magnitude(d)))
+def quantize(parts, COMPILED: tl.constexpr):
+    """Blocks, in parts [B, 4] or [B, 8], as scales [B] and WORDS words [B], as _q8_0_format.quantize_blocks does."""
+    largest = magnitude(parts[0].to(tl.float32))
+    for i in tl.static_range(1, len(parts)):
+        largest = tl.maximum(largest, magnitude(parts[i].to(tl.float32)))
     largest = largest.to(tl.float32, bitcast=True)
     scales = tl.div_rn(largest, tl.full(largest.shape, 127.0, tl.float32))
     scales = tl.where(scales < LEAST_SCALE, 0.0, scales)
-    by = tl.where(scales == 0, 0.0, tl.div_rn(tl.full(scales.shape, 1.0, tl.float32), scales))[:, None]
-    return (scales,) + words(a * by, ASSEMBLY) + words(b * by, ASSEMBLY) + words(c * by, ASSEMBLY) + words(d * by, ASSEMBLY)
+    reciprocals = tl.where(scales == 0, 0.0, tl.div_rn(tl.full(scales.shape, 1.0, tl.float32), scales))
+    found = (scales,)
+    for i in tl.static_range(len(parts)):
+        found = found + words(parts[i].to(tl.float32) * reciprocals[:, None], COMPILED)
+    return found
 
 
 @triton.jit
-def tokens_blocks(x, blocks, start, end, IN: tl.constexpr, BN: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """Of BN tokens from start on these blocks, quantised. The last token stands for those past it."""
-    inputs = blocks[:, None] * BLOCK + tl.arange(0, 8)[None, :]
+def tokens_blocks(x, blocks, start, end, IN: tl.constexpr, BN: tl.constexpr, COMPILED: tl.constexpr):
+    """These blocks of BN tokens from start on, quantised. The last token stands for those past it."""
+    PART: tl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth  # 16 bytes: a vector of a thread
+    inputs = blocks[:, None] * BLOCK + tl.arange(0, PART)[None, :]
     raw, found = (), ()
     for n in tl.static_range(BN):
         near = x + tl.minimum(start + n, end - 1).to(tl.int64) * IN + inputs
-        quarters = ()
-        for i in tl.static_range(0, BLOCK, 8):
+        parts = ()
+        for i in tl.static_range(0, 32, PART):
             if (IN + BLOCK - 1) // BLOCK * BLOCK == IN:
-                quarters = quarters + (tl.load(near + i),)
+                parts = parts + (tl.load(near + i),)
             else:
-                quarters = quarters + (tl.load(near + i, mask=inputs + i < IN, other=0.0),)
-        raw = raw + (quarters,)
+                parts = parts + (tl.load(near + i, mask=inputs + i < IN, other=0.0),)
+        raw = raw + (parts,)
     for n in tl.static_range(BN):
-        found = found + (quantize(raw[n], ASSEMBLY),)
+        found = found + (quantize(raw[n], COMPILED),)
     return found
 
 
@@ -126,25 +135,25 @@ def rows_blocks(scales, values, blocks, first, last, IN: tl.constexpr, R: tl.con
 
 
 @triton.jit
-def products(x, scales, w, ASSEMBLY: tl.constexpr):
+def products(x, scales, w, COMPILED: tl.constexpr):
     """A token's blocks times those of rows: [B, R]."""
     exact = tl.zeros(scales.shape, tl.int32)
     for i in tl.static_range(WORDS):
-        exact = dot_words(x[1 + i][:, None], w[i], exact, ASSEMBLY)
+        exact = dot_words(x[1 + i][:, None], w[i], exact, COMPILED)
     return exact.to(tl.float32) * (x[0][:, None] * scales)
 
 
 @triton.jit
-def added(sums, xs, rows, used, EACH: tl.constexpr, ASSEMBLY: tl.constexpr):
+def added(sums, xs, rows, used, EACH: tl.constexpr, COMPILED: tl.constexpr):
     """sums [R * BN, SUMS] and the products of a thread's blocks, of which the first ``used`` count."""
     scales, low, high = rows
     w, scales = fours(low) + fours(high), scales.to(tl.float32)
-    terms = products(xs[0], scales, w, ASSEMBLY)
+    terms = products(xs[0], scales, w, COMPILED)
     if len(xs) == 2:
-        terms = tl.join(terms, products(xs[1], scales, w, ASSEMBLY))
+        terms = tl.join(terms, products(xs[1], scales, w, COMPILED))
     if len(xs) == 4:
-        even, odd = products(xs[1], scales, w, ASSEMBLY), products(xs[2], scales, w, ASSEMBLY)
-        terms = tl.join(tl.join(terms, odd), tl.join(even, products(xs[3], scales, w, ASSEMBLY)))
+        even, odd = products(xs[1], scales, w, COMPILED), products(xs[2], scales, w, COMPILED)
+        terms = tl.join(tl.join(terms, odd), tl.join(even, products(xs[3], scales, w, COMPILED)))
     terms = tl.reshape(terms, [EACH * SUMS, sums.shape[0]])
     terms = tl.where(tl.arange(0, EACH * SUMS)[:, None] < used, terms, 0.0)
     terms = tl.permute(tl.reshape(terms, [EACH, SUMS, sums.shape[0]]), (2, 1, 0))
@@ -171,8 +180,16 @@ def in_order(total, x, COUNT: tl.constexpr):
 
 
 @triton.jit
-def folded(sums):
-    """[R * BN, SUMS] added up, one half to the other. Two have no order, so layouts show in no bit."""
+def add(a, b):
+    return a + b
+
+
+@triton.jit
+def folded(sums, COMPILED: tl.constexpr):
+    """[R * BN, SUMS] added up, one half to the other."""
+    if COMPILED:
+        # A sum has a lane of a warp, and lanes add up by shuffles of distance 16, 8, 4, 2, 1: the tests look for them in the PTX.
+        return tl.reduce(sums, 1, add)
     for level in tl.static_range(5):
         sums = tl.sum(tl.reshape(sums, [sums.shape[0], 2, SUMS >> (level + 1)]), axis=1)
     return tl.reshape(sums, [sums.shape[0]])
@@ -209,9 +226,10 @@ def ahead(lanes, token, end, row, OUT: tl.constexpr, L: tl.constexpr, LANES: tl.
 
 
 @triton.jit
-def finish(sums, wanted, token, end, row, x, y, OUT: tl.constexpr, L: tl.constexpr, LANES: tl.constexpr):
+def finish(sums, wanted, token, end, row, x, y, OUT: tl.constexpr, L: tl.constexpr, LANES: tl.constexpr,
+           COMPILED: tl.constexpr):  # fmt: skip
     """Rounds the products at places [R * BN] and writes them, expanded if there are lanes."""
-    b = folded(sums)
+    b = folded(sums, COMPILED)
     mask = (token < end) & (row < OUT)
     if L == 0:
         tl.store(y + token.to(tl.int64) * OUT + row, b.to(y.dtype.element_ty), mask=mask)
@@ -231,7 +249,7 @@ def finish(sums, wanted, token, end, row, x, y, OUT: tl.constexpr, L: tl.constex
 @triton.jit
 def multiply(x, scales, values, weight, start, end, tile, y, lanes, IN: tl.constexpr, OUT: tl.constexpr, L: tl.constexpr,
              LANES: tl.constexpr, BN: tl.constexpr, R: tl.constexpr, TURNS: tl.constexpr, EAGER: tl.constexpr,
-             ASSEMBLY: tl.constexpr):  # fmt: skip
+             COMPILED: tl.constexpr):  # fmt: skip
     """A tile of R * TURNS rows of one of the weights, and BN tokens. y is [N, OUT], with lanes [N, L, OUT]."""
     BLOCKS: tl.constexpr = (IN + BLOCK - 1) // BLOCK
     EACH: tl.constexpr = min(triton.next_power_of_2((BLOCKS + SUMS - 1) // SUMS), MOST_EACH)
@@ -248,7 +266,7 @@ def multiply(x, scales, values, weight, start, end, tile, y, lanes, IN: tl.const
     if BLOCKS <= SPAN:
         if EAGER:
             rows = rows_blocks(scales, values, blocks, 0, last, IN, R)
-        xs = tokens_blocks(x, blocks, start, end, IN, BN, ASSEMBLY)
+        xs = tokens_blocks(x, blocks, start, end, IN, BN, COMPILED)
         for turn in tl.static_range(TURNS):
             if not EAGER:
                 rows = rows_blocks(scales, values, blocks, turn * R, last, IN, R)
@@ -257,8 +275,8 @@ def multiply(x, scales, values, weight, start, end, tile, y, lanes, IN: tl.const
                 rows = rows_blocks(scales, values, blocks, (turn + 1) * R, last, IN, R)
             if L > 0:
                 wanted = ahead(lanes, token, end, row, OUT, L, LANES)
-            sums = added(tl.zeros([R * BN, SUMS], tl.float32), xs, now, BLOCKS, EACH, ASSEMBLY)
-            finish(sums, wanted, token, end, row, x, y, OUT, L, LANES)
+            sums = added(tl.zeros([R * BN, SUMS], tl.float32), xs, now, BLOCKS, EACH, COMPILED)
+            finish(sums, wanted, token, end, row, x, y, OUT, L, LANES, COMPILED)
             row += R
     else:  # Longer rows, piece by piece, in one turn.
         tl.static_assert(TURNS == 1)
@@ -268,24 +286,24 @@ def multiply(x, scales, values, weight, start, end, tile, y, lanes, IN: tl.const
         for begin in tl.range(0, BLOCKS, SPAN):
             blocks = tl.minimum(begin + tl.arange(0, SPAN), BLOCKS - 1)
             rows = rows_blocks(scales, values, blocks, 0, last, IN, R)
-            xs = tokens_blocks(x, blocks, start, end, IN, BN, ASSEMBLY)
-            sums = added(sums, xs, rows, BLOCKS - begin, EACH, ASSEMBLY)
-        finish(sums, wanted, token, end, row, x, y, OUT, L, LANES)
+            xs = tokens_blocks(x, blocks, start, end, IN, BN, COMPILED)
+            sums = added(sums, xs, rows, BLOCKS - begin, EACH, COMPILED)
+        finish(sums, wanted, token, end, row, x, y, OUT, L, LANES, COMPILED)
 
 
 @triton.jit
 def matmul(x, scales, values, tokens_end, y,
            IN: tl.constexpr, OUT: tl.constexpr, BN: tl.constexpr, R: tl.constexpr, TURNS: tl.constexpr, EAGER: tl.constexpr,
-           ALONE: tl.constexpr, ASSEMBLY: tl.constexpr):  # fmt: skip
+           ALONE: tl.constexpr, COMPILED: tl.constexpr):  # fmt: skip
     group, start, end, tile = place(tokens_end, OUT, BN, R * TURNS, ALONE)
-    multiply(x, scales, values, group, start, end, tile, y, None, IN, OUT, 0, 0, BN, R, TURNS, EAGER, ASSEMBLY)
+    multiply(x, scales, values, group, start, end, tile, y, None, IN, OUT, 0, 0, BN, R, TURNS, EAGER, COMPILED)
 
 
 @triton.jit
 def matmul_pair(x, scales0, values0, scales1, values1, tokens_end, y0, y1,
                 IN: tl.constexpr, OUT0: tl.constexpr, OUT1: tl.constexpr, SHARED0: tl.constexpr, SHARED1: tl.constexpr,
                 BN: tl.constexpr, R: tl.constexpr, TURNS: tl.constexpr, EAGER: tl.constexpr, ALONE: tl.constexpr,
-                ASSEMBLY: tl.constexpr):  # fmt: skip
+                COMPILED: tl.constexpr):  # fmt: skip
     """A tile of rows is of one weight or of the other; a shared weight has one group, whatever the other has."""
     BO: tl.constexpr = R * TURNS
     TILES0: tl.constexpr = (OUT0 + BO - 1) // BO
@@ -293,19 +311,19 @@ def matmul_pair(x, scales0, values0, scales1, values1, tokens_end, y0, y1,
     group, start, end, tile = place(tokens_end, (TILES0 + TILES1) * BO, BN, BO, ALONE)
     if tile < TILES0:
         weight = group * (not SHARED0)
-        multiply(x, scales0, values0, weight, start, end, tile, y0, None, IN, OUT0, 0, 0, BN, R, TURNS, EAGER, ASSEMBLY)
+        multiply(x, scales0, values0, weight, start, end, tile, y0, None, IN, OUT0, 0, 0, BN, R, TURNS, EAGER, COMPILED)
     else:
         weight = group * (not SHARED1)
         tile -= TILES0
-        multiply(x, scales1, values1, weight, start, end, tile, y1, None, IN, OUT1, 0, 0, BN, R, TURNS, EAGER, ASSEMBLY)
+        multiply(x, scales1, values1, weight, start, end, tile, y1, None, IN, OUT1, 0, 0, BN, R, TURNS, EAGER, COMPILED)
 
 
 @triton.jit
 def matmul_hc_expand(x, scales, values, residual, post, comb, add, tokens_end, out,
                      IN: tl.constexpr, OUT: tl.constexpr, L: tl.constexpr, LANES: tl.constexpr, HAS_ADD: tl.constexpr,
                      BN: tl.constexpr, R: tl.constexpr, TURNS: tl.constexpr, EAGER: tl.constexpr, ALONE: tl.constexpr,
-                     ASSEMBLY: tl.constexpr):  # fmt: skip
+                     COMPILED: tl.constexpr):  # fmt: skip
     """A program has its rows of all lanes, LANES of them, L rounded up to a power of two."""
     group, start, end, tile = place(tokens_end, OUT, BN, R * TURNS, ALONE)
     lanes = residual, post, comb, add if HAS_ADD else None
-    multiply(x, scales, values, group, start, end, tile, out, lanes, IN, OUT, L, LANES, BN, R, TURNS, EAGER, ASSEMBLY)
+    multiply(x, scales, values, group, start, end, tile, out, lanes, IN, OUT, L, LANES, BN, R, TURNS, EAGER, COMPILED)
