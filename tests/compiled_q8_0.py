@@ -56,6 +56,13 @@ def main():
                 distances = re.findall(r"shfl\.sync\.bfly\.b32\s+\S+ \S+ (\d+)", ptx)
                 kernel["shuffles"] = [distances.count(str(distance)) for distance in (16, 8, 4, 2, 1)]
             report[name] = {"kernels": found["kernels"], "text_copies": found["text_copies"]}
+        report["default"] = {
+            name: [
+                [kernel["name"] for kernel in inspect(getattr(q8_0, name), arguments(name, 3, inputs, 37), False)["kernels"]]
+                for inputs in (96, 30)
+            ]
+            for name in ("matmul", "matmul_pair", "matmul_hc_expand")
+        }
         call = functools.partial(q8_0.matmul, implementation="triton")
         of = [inspect(call, arguments("matmul", n), False)["kernels"][0]["ptx"] for n in (9, 13, 16)]
         report["one binary"] = len(set(of)) == 1

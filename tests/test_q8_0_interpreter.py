@@ -49,7 +49,7 @@ def matmul_hc_expand(x, w, residual, post, comb, add=None):
 @pytest.mark.parametrize(("n", "inputs"), [(1, 32), (3, 100), (2, 1100), (5, 2052), (2, 9000)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_values_and_bits_are_those_of_the_documented_order(n, inputs, dtype):
-    """One block and a part of one, a block of some running sums or more of each, rows in pieces; tokens of one tile and of two."""
+    """One block and a part of one, a block of some running sums or more of each, rows in pieces; tokens of two tiles."""
     check_written_order(matmul, matmul_pair, matmul_hc_expand, n, inputs, dtype, (OUT, OUT1))
 
 

@@ -34,7 +34,7 @@ TILES = {
 }
 FEW_TURNS = 4
 MULTIPROCESSORS = 132  # of the GPU that the tiles were chosen on; with more or fewer they are not at once, but right
-MOST_TURNS = 16  # they are unrolled
+MOST_TURNS = 16
 WARP_INPUTS = 1024  # of a row: a thread has a block
 MOST_WARPS = 8  # with longer rows a program goes along them, in one turn
 

@@ -62,7 +62,7 @@ def dot_words(a, b, c, COMPILED: tl.constexpr):
 
 @triton.jit
 def magnitude(x):
-    """The largest of the last axis, as integers: as those the magnitudes of floats have their order, and NaN is the largest."""
+    """The largest of the last axis, as integers: so magnitudes of floats keep their order, and NaN is the largest."""
     return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
 
 
@@ -188,7 +188,7 @@ def add(a, b):
 def folded(sums, COMPILED: tl.constexpr):
     """[R * BN, SUMS] added up, one half to the other."""
     if COMPILED:
-        # A sum has a lane of a warp, and lanes add up by shuffles of distance 16, 8, 4, 2, 1: the tests look for them in the PTX.
+        # A sum has a lane of a warp; lanes add up by shuffles of distance 16, 8, 4, 2, 1. Tests look for them in the PTX.
         return tl.reduce(sums, 1, add)
     for level in tl.static_range(5):
         sums = tl.sum(tl.reshape(sums, [sums.shape[0], 2, SUMS >> (level + 1)]), axis=1)
@@ -210,7 +210,7 @@ def place(tokens_end, OUT: tl.constexpr, BN: tl.constexpr, BO: tl.constexpr, ALO
 
 @triton.jit
 def ahead(lanes, token, end, row, OUT: tl.constexpr, L: tl.constexpr, LANES: tl.constexpr):
-    """Requests what places [R * BN] need of the lanes: post, comb by source, residual by source, [LANES, R * BN], and add."""
+    """Requests for places [R * BN] of all lanes post, comb and residual by source, [LANES, R * BN] each, and add."""
     residual, post, comb, add = lanes
     n = tl.minimum(token, end - 1).to(tl.int64)[None, :]
     row = tl.minimum(row, OUT - 1)[None, :]
@@ -247,6 +247,17 @@ def finish(sums, wanted, token, end, row, x, y, OUT: tl.constexpr, L: tl.constex
 
 
 @triton.jit
+def turned(x, xs, rows, token, end, row, y, lanes, BLOCKS: tl.constexpr, EACH: tl.constexpr, OUT: tl.constexpr,
+           L: tl.constexpr, LANES: tl.constexpr, COMPILED: tl.constexpr):  # fmt: skip
+    """A turn: whole rows times the tokens."""
+    wanted = None
+    if L > 0:
+        wanted = ahead(lanes, token, end, row, OUT, L, LANES)
+    sums = added(tl.zeros([row.shape[0], SUMS], tl.float32), xs, rows, BLOCKS, EACH, COMPILED)
+    finish(sums, wanted, token, end, row, x, y, OUT, L, LANES, COMPILED)
+
+
+@triton.jit
 def multiply(x, scales, values, weight, start, end, tile, y, lanes, IN: tl.constexpr, OUT: tl.constexpr, L: tl.constexpr,
              LANES: tl.constexpr, BN: tl.constexpr, R: tl.constexpr, TURNS: tl.constexpr, EAGER: tl.constexpr,
              COMPILED: tl.constexpr):  # fmt: skip
@@ -262,24 +273,23 @@ def multiply(x, scales, values, weight, start, end, tile, y, lanes, IN: tl.const
     places = tl.arange(0, R * BN)
     token = start + places % BN
     row = tile * R * TURNS + places // BN
-    wanted = None
     if BLOCKS <= SPAN:
         if EAGER:
             rows = rows_blocks(scales, values, blocks, 0, last, IN, R)
         xs = tokens_blocks(x, blocks, start, end, IN, BN, COMPILED)
-        for turn in tl.static_range(TURNS):
-            if not EAGER:
-                rows = rows_blocks(scales, values, blocks, turn * R, last, IN, R)
-            now = rows
-            if EAGER and turn + 1 < TURNS:
-                rows = rows_blocks(scales, values, blocks, (turn + 1) * R, last, IN, R)
-            if L > 0:
-                wanted = ahead(lanes, token, end, row, OUT, L, LANES)
-            sums = added(tl.zeros([R * BN, SUMS], tl.float32), xs, now, BLOCKS, EACH, COMPILED)
-            finish(sums, wanted, token, end, row, x, y, OUT, L, LANES, COMPILED)
-            row += R
+        if EAGER:
+            for turn in tl.static_range(TURNS):
+                now = rows
+                if turn + 1 < TURNS:
+                    rows = rows_blocks(scales, values, blocks, (turn + 1) * R, last, IN, R)
+                turned(x, xs, now, token, end, row + turn * R, y, lanes, BLOCKS, EACH, OUT, L, LANES, COMPILED)
+        else:
+            for turn in tl.range(TURNS):
+                now = rows_blocks(scales, values, blocks, turn * R, last, IN, R)
+                turned(x, xs, now, token, end, row + turn * R, y, lanes, BLOCKS, EACH, OUT, L, LANES, COMPILED)
     else:  # Longer rows, piece by piece, in one turn.
         tl.static_assert(TURNS == 1)
+        wanted = None
         if L > 0:
             wanted = ahead(lanes, token, end, row, OUT, L, LANES)
         sums = tl.zeros([R * BN, SUMS], tl.float32)
