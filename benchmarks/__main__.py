@@ -1,7 +1,7 @@
 """``python -m benchmarks``: times the operations, prints tables and writes JSON.
 
-chunk and serving time named shapes on any backend. chunk-gpu, decode, mtp, verify and loop time the GPU kernels over a
-grid of shapes; beside them stand ``python -m benchmarks.peers`` (other projects' kernels) and
+chunk and serving time named shapes on any backend. chunk-gpu, decode, mtp, verify, q8_0 and loop time the GPU kernels
+over a grid of shapes; beside them stand ``python -m benchmarks.peers`` (other projects' kernels) and
 ``python -m benchmarks.report`` (tables, plot).
 """
 
@@ -10,11 +10,11 @@ from __future__ import annotations
 import argparse
 import pathlib
 
-from benchmarks import chunk, chunk_gpu, decode, gpu, harness, loop, mtp, record, serving, verify
+from benchmarks import chunk, chunk_gpu, decode, gpu, harness, loop, mtp, q8_0, record, serving, verify
 
 NAMED = {"chunk": chunk, "serving": serving}
 # loop first: its processes want the GPU's memory; then chunk-gpu, whose first compilation is to be the process' first
-ON_GPU = {"loop": loop, "chunk-gpu": chunk_gpu, "decode": decode, "mtp": mtp, "verify": verify}
+ON_GPU = {"loop": loop, "chunk-gpu": chunk_gpu, "decode": decode, "mtp": mtp, "verify": verify, "q8_0": q8_0}
 
 
 def main() -> None:
@@ -28,7 +28,8 @@ def main() -> None:
     parser.add_argument("--cells", choices=("full", "quick", "tiny"), default="full", help="how many shapes of the grid")
     parser.add_argument(
         "--implementation",
-        help='which one is timed on a GPU (default: triton and cute; chunk-gpu: triton and xla; loop: what "None" finds)',
+        help='which one is timed on a GPU (default: triton and cute; chunk-gpu: triton and xla; q8_0: triton; loop: what "None" '
+        "finds)",
     )
     parser.add_argument("--output", type=pathlib.Path, default=record.RESULTS, help="folder for the JSON files")
     args = parser.parse_args()

@@ -135,3 +135,52 @@ def sequences(size: str) -> list[Sequences]:
     shapes += [(32, 32, 8, 2048), (16, 32, 2, 4096), (16, 64, 2, 4096)]
     shapes += [(64, 64, 1, 8192, lengths) for lengths in ((1024,) * 8, mixed)]
     return [dataclasses.replace(Sequences(*shape), gate=gate) for shape in shapes for gate in GATES]
+
+
+@dataclasses.dataclass(frozen=True)
+class Projection:
+    """One call of an operation of q8_0: N tokens of IN inputs through a weight, or two, of so many outputs."""
+
+    operation: str
+    n: int
+    inputs: int
+    outputs: tuple[int, ...]
+    lanes: int = 0  # of matmul_hc_expand
+
+    def __str__(self) -> str:
+        return f"{self.inputs} -> {' and '.join(map(str, self.outputs))}, N={self.n}"
+
+    @property
+    def weight_bytes(self) -> int:
+        """int8 values and a float16 scale a block of 32."""
+        return sum(self.outputs) * (self.inputs + 2 * -(-self.inputs // 32))
+
+    @property
+    def calls(self) -> int:
+        if self.inputs < 1024:  # a trial on a CPU
+            return LEAST_CALLS
+        return max(LEAST_CALLS, math.ceil(TOUCHED_BYTES / self.weight_bytes))
+
+    def row(self) -> dict[str, Any]:
+        """What identifies the cell in a result."""
+        return dataclasses.asdict(self)
+
+
+PAIR = (7168, (1536, 576))  # the down projections that a latent attention layer begins with
+EXPANDED = (2048, (4096,))
+
+
+def projections(size: str) -> list[Projection]:
+    """The cells of "q8_0", sizes as in :func:`cells`."""
+    if size == "tiny":
+        pair, expanded = (64, (48, 9)), (64, (40,))
+        shapes, tokens = [expanded], [1, 2]
+    else:
+        pair, expanded = PAIR, EXPANDED
+        shapes, tokens = [(7168, (1536,)), (7168, (576,)), expanded, (4096, (4096,))], [1, 4]
+    if size == "full":
+        shapes += [(7168, (7168,)), (8192, (8192,))]
+        tokens = [1, 2, 4, 8, 16, 64]
+    found = [Projection("matmul", n, *shape) for shape in shapes for n in tokens]
+    found += [Projection("matmul_pair", n, *pair) for n in tokens]
+    return found + [Projection("matmul_hc_expand", n, *expanded, lanes=4) for n in tokens]

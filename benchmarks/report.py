@@ -8,13 +8,13 @@ import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from benchmarks import record, report_chunk, report_verify
+from benchmarks import record, report_chunk, report_q8_0, report_verify
 from benchmarks.cells import HEADS, POOLS, Cell
 
 Rows = dict[tuple[Cell, str], dict[str, Any]]
 FULL_CARD = 4096  # rows times value heads from which on the card is full, and bandwidth is what counts
 PEER_SUITES = ("decode-peers", "mtp-peers", "verify-peers", "chunk-peers")
-SUITES = ("decode", "mtp", "verify", "loop", "chunk", *PEER_SUITES)
+SUITES = ("decode", "mtp", "verify", "loop", "chunk", "q8_0", *PEER_SUITES)
 PEERS = {"sglang": "SGLang", "fla": "FLA"}
 
 
@@ -25,7 +25,9 @@ def main() -> None:
     named = ((name, folder / f"{name}-gpu.json") for name in SUITES)
     records = {name: json.loads(path.read_text()) for name, path in named if path.exists()}
     if not records:
-        raise SystemExit(f"no *-gpu.json in {folder}; python -m benchmarks chunk-gpu decode mtp verify loop writes them")
+        raise SystemExit(
+            f"no *-gpu.json in {folder}; python -m benchmarks chunk-gpu decode mtp verify q8_0 loop writes them"
+        )
     (folder / "gpu.md").write_text(markdown(records))
     plot(records, folder / "gpu.png")
     print(f"wrote {folder / 'gpu.md'} and gpu.png")
@@ -44,7 +46,7 @@ def markdown(records: dict[str, dict[str, Any]]) -> str:
     sections += report_chunk.section(records)
     sections += _decode_tables(ours, peers, bandwidth)
     sections += _chain_tables(ours, peers)
-    sections += report_verify.section(records)
+    sections += report_verify.section(records) + report_q8_0.section(records)
     if "loop" in records:
         columns = {"flags": "XLA flags", "n": "N", "us": "us a step", "kernel_us": "kernels, us a step"}
         columns |= {"ratio": "loop / kernels"}
@@ -140,7 +142,9 @@ def _chain_tables(ours: Rows, peers: dict[str, Rows]) -> list[str]:
     sections = []
     for variant, what in {"all": "all accepted", "half": "half accepted"}.items():
         groups = list(_groups(ours, variant))
-        title = f"\n## verify + flush, {what}: us of the fastest (T Triton, C CuTe; kernel us; SGLang's verify + commit / ours)"
+        title = (
+            f"\n## verify + flush, {what}: us of the fastest (T Triton, C CuTe; kernel us; SGLang's verify + commit / ours)"
+        )
         sections += [title] if groups else []
         for title, cells in groups:
             rows: dict[int, dict[str, Any]] = {}
@@ -186,7 +190,8 @@ def _targets(ours: Rows, peers: dict[str, Rows], bandwidth: dict[str, float], re
                 add(f"{variant}: share of RMW bandwidth, N HV >= {FULL_CARD}, float32", _rmw(mine, bandwidth), where)
             else:
                 add(f"{variant}: float32 / bfloat16 pool, N HV >= {FULL_CARD}", _other_pool(ours, cell, variant), where)
-    rows = [_worst(*target) for target in (*report_chunk.targets(records), *report_verify.targets(records))]
+    parts = report_chunk, report_verify, report_q8_0
+    rows = [_worst(*target) for part in parts for target in part.targets(records)]
     rows += [_worst(what, values, min) for what, values in found.items()]
     loops = [
         (row["ratio"], f"{row['flags']}, N={row['n']}")

@@ -117,7 +117,7 @@ _MTP_GPU = "benchmarks/results/mtp-gpu.json"
 _PALLAS_GPU = "benchmarks/results/pallas-gpu.json"
 _CUTE_GPU = "benchmarks/results/cute-gpu.json"
 _CPU = "benchmarks/results/serving-cpu.json"
-_Q8_0_GPU = "benchmarks/results/q8-0-gpu.json"  # the run to be made
+_Q8_0_GPU = "benchmarks/results/q8_0-gpu.json"
 
 # The first row that serves a call wins, so the fastest stands first; None passes over those with default=False.
 TABLE = (
@@ -143,12 +143,11 @@ TABLE = (
     Row("kda_flush", "triton", _TRITON, "kda_jax.triton.flush:flush", _MTP_GPU),
     Row("kda_flush", "cute", _CUTE, "kda_jax.cute.flush:flush", _CUTE_GPU, default=False),
     Row("kda_flush", "xla", _ANY, "kda_jax.xla.flush:flush", _CPU),
-    # By name until they have run on a GPU.
-    Row("q8_0_matmul", "triton", _TRITON_Q8_0, "kda_jax.triton.q8_0:matmul", _Q8_0_GPU, default=False),
+    Row("q8_0_matmul", "triton", _TRITON_Q8_0, "kda_jax.triton.q8_0:matmul", _Q8_0_GPU),
     Row("q8_0_matmul", "xla", _ANY, "kda_jax.xla.q8_0:matmul", _Q8_0_GPU),
-    Row("q8_0_matmul_pair", "triton", _TRITON_Q8_0, "kda_jax.triton.q8_0:matmul_pair", _Q8_0_GPU, default=False),
+    Row("q8_0_matmul_pair", "triton", _TRITON_Q8_0, "kda_jax.triton.q8_0:matmul_pair", _Q8_0_GPU),
     Row("q8_0_matmul_pair", "xla", _ANY, "kda_jax.xla.q8_0:matmul_pair", _Q8_0_GPU),
-    Row("q8_0_matmul_hc_expand", "triton", _TRITON_Q8_0, "kda_jax.triton.q8_0:matmul_hc_expand", _Q8_0_GPU, default=False),
+    Row("q8_0_matmul_hc_expand", "triton", _TRITON_Q8_0, "kda_jax.triton.q8_0:matmul_hc_expand", _Q8_0_GPU),
     Row("q8_0_matmul_hc_expand", "xla", _ANY, "kda_jax.xla.q8_0:matmul_hc_expand", _Q8_0_GPU),
 )
 

@@ -5,6 +5,7 @@ A process of its own, as compiled.py.
 
 import functools
 import json
+import re
 
 import jax
 from compiled import array, assemble, inspect
@@ -13,7 +14,7 @@ import kda_jax as kda
 from kda_jax import q8_0
 from kda_jax._q8_0_format import num_blocks
 
-INSTRUCTIONS = ("dp4a", "cp.async.cg", "fma.", "div.full", "ftz")
+INSTRUCTIONS = ("dp4a", "ld.global.v4", "fma.", "div.full", "ftz")
 
 
 def weight(inputs, out, *lead):
@@ -36,6 +37,9 @@ def calls():
         for n in (1, 2, 4, 64):
             yield f"{name} {n}", call, arguments(name, n)
         yield f"{name} part-of-a-block", call, arguments(name, 3, 100, 37)
+    yield "matmul one-block", functools.partial(q8_0.matmul, implementation="triton"), arguments("matmul", 2, 32, 37)
+    yield "matmul long-rows", functools.partial(q8_0.matmul, implementation="triton"), arguments("matmul", 1, 18432, 7168)
+    yield "matmul large", functools.partial(q8_0.matmul, implementation="triton"), arguments("matmul", 4, 7168, 7168)
     yield "matmul_hc_expand 8-lanes", call, arguments("matmul_hc_expand", 4, 2048, 4096, 8)
     vmapped = jax.vmap(functools.partial(q8_0.matmul, implementation="triton"))
     yield "matmul vmap", vmapped, (array(2, 4, 7168), weight(7168, 1536, 2))
@@ -49,9 +53,18 @@ def main():
             for kernel in found["kernels"]:
                 ptx = kernel.pop("ptx")
                 kernel |= assemble(ptx) | {text: ptx.count(text) for text in INSTRUCTIONS}
+                distances = re.findall(r"shfl\.sync\.bfly\.b32\s+\S+ \S+ (\d+)", ptx)
+                kernel["shuffles"] = [distances.count(str(distance)) for distance in (16, 8, 4, 2, 1)]
             report[name] = {"kernels": found["kernels"], "text_copies": found["text_copies"]}
+        report["default"] = {
+            name: [
+                [kernel["name"] for kernel in inspect(getattr(q8_0, name), arguments(name, 3, inputs, 37), False)["kernels"]]
+                for inputs in (96, 30)
+            ]
+            for name in ("matmul", "matmul_pair", "matmul_hc_expand")
+        }
         call = functools.partial(q8_0.matmul, implementation="triton")
-        of = [inspect(call, arguments("matmul", n), False)["kernels"][0]["ptx"] for n in (3, 9, 64)]
+        of = [inspect(call, arguments("matmul", n), False)["kernels"][0]["ptx"] for n in (9, 13, 16)]
         report["one binary"] = len(set(of)) == 1
     for capability in ("8.0", "8.6", "10.0"):  # 8.6 has the least shared memory
         with kda.cuda_target(capability):

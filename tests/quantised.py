@@ -39,8 +39,8 @@ def written_out(x, w):
     for block in range(values.shape[1]):
         exact = (values[:, block] @ w_values[:, block].T).astype(np.float32)
         sums[:, :, block % 32] += exact * np.outer(scales[:, block], np.asarray(w.scales, np.float32)[:, block])
-    while sums.shape[-1] > 1:
-        sums = sums[..., ::2] + sums[..., 1::2]
+    for half in (16, 8, 4, 2, 1):
+        sums = sums[..., :half] + sums[..., half:]
     return sums[..., 0]
 
 

@@ -12,8 +12,8 @@ import pytest
 # benchmarks is no part of the installation. Last, so that kda_jax is the installed one.
 sys.path.append(str(pathlib.Path(__file__).parents[1]))
 
-from benchmarks import chunk_gpu, gpu, harness, record, report
-from benchmarks.cells import POOLS, VARIANTS, Cell, Sequences, accepted, cells, sequences
+from benchmarks import chunk_gpu, gpu, harness, q8_0, record, report
+from benchmarks.cells import POOLS, VARIANTS, Cell, Projection, Sequences, accepted, cells, projections, sequences
 
 
 def test_bytes():
@@ -82,6 +82,26 @@ def test_a_failure_is_a_row():
     assert all("implementation" in row["error"] for row in rows)
 
 
+def test_products_of_q8_0(monkeypatch):
+    monkeypatch.setattr(gpu, "ROUND_SECONDS", 0.0)
+    read, *rows = q8_0.run("tiny", "xla")
+    assert read["tb_s"] > 0
+    others = {"matmul": "bfloat16 dot", "matmul_pair": "two of matmul", "matmul_hc_expand": "matmul, then XLA"}
+    expected = [(str(cell), name) for cell in projections("tiny") for name in (cell.operation, others[cell.operation])]
+    assert [(row["shape"], row["variant"]) for row in rows] == expected
+    for row in rows:
+        assert "error" not in row
+        assert row["share"] == row["weight_bytes"] / row["us"] / 1e6 / read["tb_s"]
+    quantised, dot = rows[:2]
+    assert (quantised["weight_bytes"], dot["weight_bytes"]) == (40 * 2 * 34, 2 * 40 * 64)
+
+
+def test_the_weights_of_a_program_exceed_the_cache():
+    for cell in projections("full"):
+        assert 190e6 <= cell.calls * cell.weight_bytes <= 300e6
+        assert cell.weight_bytes * 32 == sum(cell.outputs) * cell.inputs * 34
+
+
 def test_the_platform_is_said_once(tmp_path, monkeypatch):
     monkeypatch.setattr(harness, "environment", lambda: {"platform": "cpu"})
     assert harness.write("chunk-cpu", [], tmp_path).name == harness.write("chunk", [], tmp_path).name == "chunk-cpu.json"
@@ -125,6 +145,7 @@ def results(tmp_path):
             peers += [row | {"peer": "fla", "us": 2 * us}, row | {"peer": "fla", "variant": "x", "error": ["refused"]}]
     loop = [{"flags": "graphs", "n": n, "us": 11.0, "kernel_us": 10.0, "ratio": 1.1} for n in (1, 8)]
     bandwidth = {"read_modify_write": 4.0, "copy": 4.1}
+    ours["q8_0"] = _q8_0_rows()
     ours["verify"], theirs = _verify_rows()
     record.write("verify-peers-gpu", said | {"bandwidth": bandwidth, "rows": theirs}, tmp_path)
     ours["chunk"], theirs = _chunk_rows()
@@ -146,6 +167,26 @@ def _verify_rows():
         if pool == "bfloat16":
             theirs.append(cell.row() | {"peer": "flashinfer", "variant": "verify", "us": 42.0 if t == 2 else 66.0})
     return ours, theirs
+
+
+def _q8_0_rows():
+    """matmul takes 10 us at N = 1, and everything else longer in proportion."""
+
+    def row(cell, variant, us, implementation="triton"):
+        measured = {"implementation": implementation, "us": us, "share": 0.9, "weight_bytes": cell.weight_bytes}
+        return {"shape": str(cell)} | cell.row() | {"variant": variant} | measured
+
+    one, four = (Projection("matmul", n, 4096, (4096,)) for n in (1, 4))
+    pair, expand = Projection("matmul_pair", 1, 4096, (4096, 64)), Projection("matmul_hc_expand", 1, 4096, (4096,), 4)
+    rows = [{"variant": "read", "implementation": "xla", "tb_s": 4.0}]
+    rows += [
+        row(one, "matmul", 10.0) | {"kernel_us": 9.0},
+        row(one, "bfloat16 dot", 17.0, "xla"),
+        row(one, "matmul", 90.0, "xla"),
+    ]
+    rows += [row(four, "matmul", 12.0), row(four, "bfloat16 dot", 18.0, "xla")]
+    rows += [row(pair, "matmul_pair", 10.0), row(pair, "two of matmul", 14.0)]
+    return [*rows, row(expand, "matmul_hc_expand", 10.5), row(expand, "matmul, then XLA", 21.0)]
 
 
 def _chunk_rows():
@@ -184,12 +225,18 @@ def test_report(results, monkeypatch):
         "| verify alone, bfloat16 pool: FlashInfer / ours | 1.05 | K=128 H=32 HV=32 bfloat16 N=128 T=2 | 1.50 | 2 |" in page
     )
     assert "| verify alone, float32 pool: T = 6 / T = 2 | 1.10 |" in page
+    assert "| matmul | 4096 -> 4096, N=1 | 10.00 | 9.00 | 0.90 | 1.00 | 1.70 |  |  |  | 9.00 |" in page
+    assert "| matmul_hc_expand | 4096 -> 4096, N=1 | 10.50 |  | 0.90 |  |  |  | 2.00 | 1.05 |  |" in page
+    assert "| q8_0.matmul, N = 1, 16 MB and more: share of read bandwidth | 0.90 | 4096 -> 4096, N=1 | 0.90 | 1 |" in page
+    assert "| q8_0.matmul, N = 1 and 4: bfloat16 jnp.dot / ours | 1.50 | 4096 -> 4096, N=4 | 1.70 | 2 |" in page
+    assert "| q8_0.matmul_pair, N = 1: two calls / ours | 1.40 |" in page
+    assert "| q8_0.matmul_hc_expand, N = 1: ours / matmul | 1.05 |" in page
     assert (results / "gpu.png").stat().st_size > 0
 
 
 def test_report_of_a_part(results):
     """Each suite may be missing, and a row that failed has no time."""
-    suites = "decode-peers", "mtp", "loop", "chunk-peers", "mtp-peers", "verify", "decode", "verify-peers", "chunk"
+    suites = "decode-peers", "mtp", "loop", "chunk-peers", "mtp-peers", "verify", "decode", "q8_0", "verify-peers", "chunk"
     for missing in suites:
         (results / f"{missing}-gpu.json").unlink()
         records = {path.stem.removesuffix("-gpu"): json.loads(path.read_text()) for path in results.glob("*.json")}

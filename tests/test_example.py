@@ -120,8 +120,8 @@ def test_speculative_decoding_emits_the_plain_bytes(modules, language_model, rig
             assert np.isfinite(pool[:, SLOTS[LIVE]]).all()
 
 
-def run_script(output: pathlib.Path, *flags: object) -> str:
-    command = [sys.executable, EXAMPLES / "train_and_decode.py", "--output", output, *flags]
+def run_script(output: pathlib.Path, *flags: object, script: str = "train_and_decode.py") -> str:
+    command = [sys.executable, EXAMPLES / script, "--output", output, *flags]
     environment = os.environ | {
         "XLA_FLAGS": "",  # one device, as a user has it
         # Nearly all of the time is compilation: little of it, and once for all runs.
@@ -158,6 +158,25 @@ def test_script_trains_decodes_and_goes_on_from_its_checkpoint(tmp_path):
 
     assert "byte-identical" in run_script(output, *training, *decoding, "--resume", "--steps", 20)
     assert results()["trained_steps"] == 20
+
+    run_script(output, "--windows", 3, "--length", 24, script="decode_quantised.py")
+    said = json.loads((output / "quantised.json").read_text())
+    assert said["bytes_predicted"] == 3 * 23
+    assert 0 < abs(said["difference"]) < 0.05
+    assert said["difference"] == said["quantised_loss"] - said["loss"]
+    assert said["quantised_model_bytes"] < said["model_bytes"]
+
+
+def test_projections_are_quantised_in_a_copy(modules, language_model):
+    example = importlib.import_module("decode_quantised")
+    copied = example.quantised(language_model, ["mlp_out", "qkv"])
+    x = random_bytes(32)[:, None] / 256 - 0.5
+    for before, after in zip(language_model.blocks, copied.blocks, strict=True):
+        weight = after.attention.qkv.weight.get_value()
+        assert weight.shape == before.attention.qkv.kernel.shape[::-1]
+        np.testing.assert_allclose(after.attention.qkv(x), before.attention.qkv(x), atol=0.02)
+        assert isinstance(after.attention.out, nnx.Linear)
+        assert isinstance(before.mlp_out, nnx.Linear)
 
 
 def compare_training(*flags: object) -> None:

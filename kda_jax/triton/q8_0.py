@@ -2,19 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from kda_jax._q8_0_operands import MatmulHcExpandOperands, MatmulOperands, MatmulPairOperands, MatmulSpec
 from kda_jax.kernels.triton import q8_0 as kernels
-from kda_jax.triton.launch import Tile, launch, like
+from kda_jax.triton.launch import launch, like
 
-# By the tokens to a program. One token leaves instructions to spare, so more programs quantise it; 8 tokens would spill.
-# Not measured.
-TILES = {1: Tile(rows=8, warps=4), 2: Tile(rows=16, warps=8), 4: Tile(rows=16, warps=8)}
-STAGES = 4
-DP4A = True
+COMPILED = True  # tests run them in the interpreter
+
+
+class Tile(NamedTuple):
+    """What a program has of a weight: ``rows`` at a time, as many times as lets all programs run at once."""
+
+    rows: int
+    threads: int  # of a multiprocessor, so many as there are registers for
+    eager: bool  # whether it requests rows a turn ahead, in more registers
+    registers: int | None = None
+
+    def turns(self, out: int, warps: int) -> int:
+        programs = MULTIPROCESSORS * max(1, self.threads // (32 * warps))
+        return min(-(-out // (self.rows * programs)), MOST_TURNS)
+
+
+# By the tokens to a program; 8 tokens would spill. For more turns than FEW_TURNS the last one.
+TILES = {
+    1: (Tile(rows=2, threads=768, eager=True),),
+    2: (Tile(rows=4, threads=512, eager=True),),
+    4: (Tile(rows=4, threads=256, eager=True), Tile(rows=4, threads=512, eager=False, registers=128)),
+}
+FEW_TURNS = 4
+MULTIPROCESSORS = 132  # of the GPU that the tiles were chosen on; with more or fewer they are not at once, but right
+MOST_TURNS = 16
+WARP_INPUTS = 1024  # of a row: a thread has a block
+MOST_WARPS = 8  # with longer rows a program goes along them, in one turn
 
 
 def matmul(args: MatmulOperands, spec: MatmulSpec) -> tuple[jax.Array, ...]:
@@ -57,19 +79,27 @@ def _launch(kernel: Any, inputs: Any, weights: Any, outputs: Any, **constants: A
     n, size = inputs[0].shape
     groups = max(values.shape[0] if values.ndim == 3 else 1 for values in weights)
     tokens = min(_power(n // groups), max(TILES))
-    tile = TILES[tokens]
-    tiles = sum(-(-values.shape[-2] // tile.rows) for values in weights)
+    warps = min(_power(-(-size // WARP_INPUTS)), MOST_WARPS)
+    outs, token_tiles = [values.shape[-2] for values in weights], -(-(n // groups) // tokens)
+    # As if tokens were the next power of two, so that one binary serves up to twice as many.
+    rows = groups * _power(token_tiles) * sum(outs)
+    tile = next((tile for tile in TILES[tokens] if tile.turns(rows, warps) <= FEW_TURNS), TILES[tokens][-1])
+    turns = tile.turns(rows, warps) if size <= MOST_WARPS * WARP_INPUTS else 1
+    row_tiles = sum(-(-out // (tile.rows * turns)) for out in outs)
     return launch(
         kernel,
         (*inputs, -(n // groups)),  # negative, because Triton compiles a kernel anew for a scalar that equals 1
         outputs,
-        programs=groups * tiles * -(-(n // groups) // tokens),
-        warps=tile.warps,
+        programs=groups * row_tiles * token_tiles,
+        warps=warps,
+        registers=tile.registers,
         IN=size,
         BN=tokens,
-        BO=tile.rows,
-        STAGES=STAGES,
-        DP4A=DP4A,
+        R=tile.rows,
+        TURNS=turns,
+        EAGER=tile.eager,
+        ALONE=token_tiles == 1,
+        COMPILED=COMPILED,
         **constants,
     )
 

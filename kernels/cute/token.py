@@ -69,7 +69,9 @@ def in_pieces(x, lead, channels, each):
 
 def in_words(x):
     """What a lane holds of an array from request to use as 32-bit words: halves of them would be taken apart on arrival."""
-    return x if x.element_type is Float32 else cute.make_tensor(cute.recast_ptr(x.iterator, dtype=Uint32), cute.make_layout(1))
+    return (
+        x if x.element_type is Float32 else cute.make_tensor(cute.recast_ptr(x.iterator, dtype=Uint32), cute.make_layout(1))
+    )
 
 
 def of_words(x):

@@ -206,7 +206,10 @@ def verify(
             # From v - S k to u and o.
             product = atom(TFloat32)
             lefts = [
-                [halves(loaded(solved_fragments[buffer, earlier, eight, lane, None]), TFloat32) for earlier in range(eight + 1)]
+                [
+                    halves(loaded(solved_fragments[buffer, earlier, eight, lane, None]), TFloat32)
+                    for earlier in range(eight + 1)
+                ]
                 for eight in range(EIGHTS)
             ]
             for pair in cutlass.range_constexpr(0, S, 2):

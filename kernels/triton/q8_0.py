@@ -1,13 +1,15 @@
 """matmul, matmul_pair and matmul_hc_expand: products of few tokens with weights in Q8_0, one launch each.
 
-Bound: memory for one token, 8.5 bits and 3 instructions a weight. So a program takes BO rows of a weight, few, so that most
-multiprocessors have some; a chunk of a row is 1 KiB of consecutive bytes, and chunks are requested ahead, STAGES in flight.
-The tokens, small and in L2, are quantised again by every program, chunk by chunk, since a block's scale needs its own 32
-numbers alone; BO rows and BN tokens share a chunk. Instructions are what bounds more tokens: 2 a weight and token for four.
+Bound: memory, 8.5 bits a weight, which arrive when enough of them are under way on every multiprocessor all the time. So a
+program has R whole rows in flight, of up to 8192 inputs: every thread a block of each row, requested straight into registers
+and, for few tokens, before anything else. A thread quantises x for its own block alone and waits for no other's; that serves
+TURNS times R rows, and with EAGER the next turn's rows are under way while one's are multiplied. Threads meet in the sums
+only. Tiles are such that all programs run at once, in as few turns. More tokens than BN are more programs, which read the
+weights again, from L2.
 
-Bits: sums within a block are of integers. Block b is added to running sum b % BB of a row, chunk after chunk; then the BB
-sums are added in pairs of neighbours. So neither BN nor BO nor how threads share a tile shows in a result. Products and sums
-are rounded as they are written: kernels are compiled without fusing multiplies into adds.
+Bits: sums within a block are of integers. Block b is added to running sum b % SUMS of its row, in the blocks' order; then
+sum l and sum l + 16, l and l + 8, and so on to one. So no tile, nor how threads share it, shows in a result. Products and
+sums are rounded as they are written: kernels are compiled without fusing multiplies into adds.
 """
 
 import triton
@@ -15,139 +17,323 @@ import triton.language as tl
 
 BLOCK: tl.constexpr = tl.constexpr(32)
 WORDS: tl.constexpr = tl.constexpr(8)  # of a block: four values in an int32
-BB: tl.constexpr = tl.constexpr(32)  # blocks in a chunk, and running sums
+SUMS: tl.constexpr = tl.constexpr(32)
+MOST_EACH: tl.constexpr = tl.constexpr(8)  # blocks that a sum gets at a time: 256 threads' blocks
 LEAST_SCALE: tl.constexpr = tl.constexpr(2.0**-125)
 BELOW_HALF: tl.constexpr = tl.constexpr(0x3EFFFFFF)  # the float32 before 0.5
 SIGN: tl.constexpr = tl.constexpr(-(2**31))  # of a word's number
-SIGNS: tl.constexpr = tl.constexpr(0x80808080 - 2**32)  # of its four values
 
 
 @triton.jit
-def quantize(x):
-    """Blocks [BN, BB, 32] as scales [BN, BB] and words of four values [BN, BB, 8], as _q8_0_format.quantize_blocks does."""
-    # As integers the magnitudes of floats have their order, and NaN is the largest.
-    largest = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=2).to(tl.float32, bitcast=True)
+def fours(x):
+    """[..., 4] as four of [...]."""
+    even, odd = tl.split(tl.reshape(x, x.shape[:-1] + [2, 2]))
+    x0, x2 = tl.split(even)
+    x1, x3 = tl.split(odd)
+    return x0, x1, x2, x3
+
+
+@triton.jit
+def pack(a, b, c, d, COMPILED: tl.constexpr):
+    """Four values as one word; without assembly for the interpreter, which has none."""
+    if COMPILED:
+        return tl.inline_asm_elementwise(
+            "{.reg .b32 t; cvt.pack.sat.s8.s32.b32 t, $4, $3, 0; cvt.pack.sat.s8.s32.b32 $0, $2, $1, t;}",
+            "=r,r,r,r,r",
+            [a, b, c, d],
+            tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    return (a & 255) | (b & 255) << 8 | (c & 255) << 16 | d << 24
+
+
+@triton.jit
+def dot_words(a, b, c, COMPILED: tl.constexpr):
+    """c and the products of four pairs of values."""
+    if COMPILED:
+        return tl.inline_asm_elementwise(
+            "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], tl.int32, is_pure=True, pack=1
+        )
+    for bits in tl.static_range(0, 32, 8):
+        c += ((a << bits) >> 24) * ((b << bits) >> 24)
+    return c
+
+
+@triton.jit
+def magnitude(x):
+    """The largest of the last axis, as integers: so magnitudes of floats keep their order, and NaN is the largest."""
+    return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
+
+
+@triton.jit
+def words(x, COMPILED: tl.constexpr):
+    """[B, 4] or [B, 8] as one or two words [B] of four values, rounded with ties away from zero."""
+    # A tie and BELOW_HALF add up to the next integer, rounded; what lies below a tie stays below.
+    sign = x.to(tl.int32, bitcast=True) & SIGN
+    x = (x + (sign | BELOW_HALF).to(tl.float32, bitcast=True)).to(tl.int32)
+    if x.shape[1] == 4:
+        x0, x1, x2, x3 = fours(x)
+        found = (pack(x0, x1, x2, x3, COMPILED),)
+    else:
+        even, odd = tl.split(tl.reshape(x, [x.shape[0], 4, 2]))
+        x0, x2, x4, x6 = fours(even)
+        x1, x3, x5, x7 = fours(odd)
+        found = (pack(x0, x1, x2, x3, COMPILED), pack(x4, x5, x6, x7, COMPILED))
+    return found
+
+
+@triton.jit
+def quantize(parts, COMPILED: tl.constexpr):
+    """Blocks, in parts [B, 4] or [B, 8], as scales [B] and WORDS words [B], as _q8_0_format.quantize_blocks does."""
+    largest = magnitude(parts[0].to(tl.float32))
+    for i in tl.static_range(1, len(parts)):
+        largest = tl.maximum(largest, magnitude(parts[i].to(tl.float32)))
+    largest = largest.to(tl.float32, bitcast=True)
     scales = tl.div_rn(largest, tl.full(largest.shape, 127.0, tl.float32))
     scales = tl.where(scales < LEAST_SCALE, 0.0, scales)
     reciprocals = tl.where(scales == 0, 0.0, tl.div_rn(tl.full(scales.shape, 1.0, tl.float32), scales))
-    x *= reciprocals[:, :, None]
-    # Ties away from zero: a tie and BELOW_HALF add up to the next integer, rounded; what lies below a tie stays below.
-    sign = x.to(tl.int32, bitcast=True) & SIGN
-    values = (x + (sign | BELOW_HALF).to(tl.float32, bitcast=True)).to(tl.int32)
-    # A value is a signed byte: with 128 more in each they add up to a word without borrowing from one another.
-    values = tl.reshape(values, [x.shape[0], BB, WORDS, 4])
-    return scales, (tl.sum(values << 8 * tl.arange(0, 4), axis=3) + SIGNS) ^ SIGNS
+    found = (scales,)
+    for i in tl.static_range(len(parts)):
+        found = found + words(parts[i].to(tl.float32) * reciprocals[:, None], COMPILED)
+    return found
 
 
 @triton.jit
-def dot_words(a, b, DP4A: tl.constexpr):
-    """The sum of the products of four pairs of values; without DP4A for the interpreter, which has no assembly."""
-    if DP4A:
-        return tl.inline_asm_elementwise("dp4a.s32.s32 $0, $1, $2, 0;", "=r,r,r", [a, b], tl.int32, is_pure=True, pack=1)
-    total = (a >> 24) * (b >> 24)
-    for bits in tl.static_range(8, 32, 8):
-        total += ((a << bits) >> 24) * ((b << bits) >> 24)
+def tokens_blocks(x, blocks, start, end, IN: tl.constexpr, BN: tl.constexpr, COMPILED: tl.constexpr):
+    """These blocks of BN tokens from start on, quantised. The last token stands for those past it."""
+    PART: tl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth  # 16 bytes: a vector of a thread
+    inputs = blocks[:, None] * BLOCK + tl.arange(0, PART)[None, :]
+    raw, found = (), ()
+    for n in tl.static_range(BN):
+        near = x + tl.minimum(start + n, end - 1).to(tl.int64) * IN + inputs
+        parts = ()
+        for i in tl.static_range(0, 32, PART):
+            if (IN + BLOCK - 1) // BLOCK * BLOCK == IN:
+                parts = parts + (tl.load(near + i),)
+            else:
+                parts = parts + (tl.load(near + i, mask=inputs + i < IN, other=0.0),)
+        raw = raw + (parts,)
+    for n in tl.static_range(BN):
+        found = found + (quantize(raw[n], COMPILED),)
+    return found
+
+
+@triton.jit
+def rows_blocks(scales, values, blocks, first, last, IN: tl.constexpr, R: tl.constexpr):
+    """Requests these blocks of R rows from first on: scales [B, R], and values as halves of blocks [B, R, 4], a vector of a
+    thread each. The last row stands for those past it."""
+    rows = tl.minimum(first + tl.arange(0, R), last)
+    near = blocks[:, None, None] * WORDS + tl.arange(0, 4)[None, None, :]
+    at = values.to(tl.pointer_type(tl.int32)) + rows[None, :, None] * (IN // 4) + near
+    if (IN + BLOCK - 1) // BLOCK * BLOCK == IN:
+        low, high = tl.load(at), tl.load(at + 4)
+    else:
+        low = tl.load(at, mask=near < IN // 4, other=0)
+        high = tl.load(at + 4, mask=near + 4 < IN // 4, other=0)
+    return tl.load(scales + blocks[:, None] + rows[None, :] * ((IN + BLOCK - 1) // BLOCK)), low, high
+
+
+@triton.jit
+def products(x, scales, w, COMPILED: tl.constexpr):
+    """A token's blocks times those of rows: [B, R]."""
+    exact = tl.zeros(scales.shape, tl.int32)
+    for i in tl.static_range(WORDS):
+        exact = dot_words(x[1 + i][:, None], w[i], exact, COMPILED)
+    return exact.to(tl.float32) * (x[0][:, None] * scales)
+
+
+@triton.jit
+def added(sums, xs, rows, used, EACH: tl.constexpr, COMPILED: tl.constexpr):
+    """sums [R * BN, SUMS] and the products of a thread's blocks, of which the first ``used`` count."""
+    scales, low, high = rows
+    w, scales = fours(low) + fours(high), scales.to(tl.float32)
+    terms = products(xs[0], scales, w, COMPILED)
+    if len(xs) == 2:
+        terms = tl.join(terms, products(xs[1], scales, w, COMPILED))
+    if len(xs) == 4:
+        even, odd = products(xs[1], scales, w, COMPILED), products(xs[2], scales, w, COMPILED)
+        terms = tl.join(tl.join(terms, odd), tl.join(even, products(xs[3], scales, w, COMPILED)))
+    terms = tl.reshape(terms, [EACH * SUMS, sums.shape[0]])
+    terms = tl.where(tl.arange(0, EACH * SUMS)[:, None] < used, terms, 0.0)
+    terms = tl.permute(tl.reshape(terms, [EACH, SUMS, sums.shape[0]]), (2, 1, 0))
+    return in_order(sums, terms, EACH)
+
+
+@triton.jit
+def in_order(total, x, COUNT: tl.constexpr):
+    """total and the last axis of x, added from the first to the last."""
+    if COUNT == 1:
+        total += tl.reshape(x, total.shape)
+    elif COUNT == 2:
+        a, b = tl.split(x)
+        total = (total + a) + b
+    elif COUNT == 4:
+        a, b, c, d = fours(x)
+        total = (((total + a) + b) + c) + d
+    else:
+        even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1], 4, 2]))
+        a, c, e, g = fours(even)
+        b, d, f, h = fours(odd)
+        total = (((((((total + a) + b) + c) + d) + e) + f) + g) + h
     return total
 
 
 @triton.jit
-def place(tokens_end, OUT: tl.constexpr, BN: tl.constexpr, BO: tl.constexpr):
-    """This program's group, tokens [BN], where the group's tokens end, and tile of rows. tokens_end is -N of a group.
+def add(a, b):
+    return a + b
 
-    Tiles of tokens vary fastest, so that programs in flight read the same rows of a weight.
+
+@triton.jit
+def folded(sums, COMPILED: tl.constexpr):
+    """[R * BN, SUMS] added up, one half to the other."""
+    if COMPILED:
+        # A sum has a lane of a warp; lanes add up by shuffles of distance 16, 8, 4, 2, 1. Tests look for them in the PTX.
+        return tl.reduce(sums, 1, add)
+    for level in tl.static_range(5):
+        sums = tl.sum(tl.reshape(sums, [sums.shape[0], 2, SUMS >> (level + 1)]), axis=1)
+    return tl.reshape(sums, [sums.shape[0]])
+
+
+@triton.jit
+def place(tokens_end, OUT: tl.constexpr, BN: tl.constexpr, BO: tl.constexpr, ALONE: tl.constexpr):
+    """This program's group, its first token, where the group's tokens end, and tile of rows. tokens_end is -N of a group.
+
+    Tiles of tokens vary fastest, so that programs in flight read the same rows of a weight. ALONE: there is one, undivided.
     """
-    tiles = tl.cdiv(-tokens_end, BN)
+    tiles = 1 if ALONE else tl.cdiv(-tokens_end, BN)
     program = tl.program_id(0) // tiles
     group = program // tl.cdiv(OUT, BO)
-    tokens = -group * tokens_end + tl.program_id(0) % tiles * BN + tl.arange(0, BN)
-    return group, tokens, -(group + 1) * tokens_end, program % tl.cdiv(OUT, BO)
+    start = -group * tokens_end + tl.program_id(0) % tiles * BN
+    return group, start, -(group + 1) * tokens_end, program % tl.cdiv(OUT, BO)
 
 
 @triton.jit
-def product(x, scales, values, weight, tokens, end, tile, IN: tl.constexpr, OUT: tl.constexpr, BO: tl.constexpr,
-            STAGES: tl.constexpr, DP4A: tl.constexpr):  # fmt: skip
-    """The tokens [BN] times BO rows of one of the weights. The last token and row stand for those past it."""
+def ahead(lanes, token, end, row, OUT: tl.constexpr, L: tl.constexpr, LANES: tl.constexpr):
+    """Requests for places [R * BN] of all lanes post, comb and residual by source, [LANES, R * BN] each, and add."""
+    residual, post, comb, add = lanes
+    n = tl.minimum(token, end - 1).to(tl.int64)[None, :]
+    row = tl.minimum(row, OUT - 1)[None, :]
+    dst = tl.minimum(tl.arange(0, LANES), L - 1)[:, None]
+    b_comb, b_residual = (), ()
+    for src in tl.static_range(L):
+        b_comb = b_comb + (tl.load(comb + (n * L + src) * L + dst).to(tl.float32),)
+        b_residual = b_residual + (tl.load(residual + (n * L + src) * OUT + row).to(tl.float32),)
+    b_add = None
+    if add is not None:
+        b_add = tl.load(add + n * OUT + row).to(tl.float32)
+    return tl.load(post + n * L + dst).to(tl.float32), b_comb, b_residual, b_add
+
+
+@triton.jit
+def finish(sums, wanted, token, end, row, x, y, OUT: tl.constexpr, L: tl.constexpr, LANES: tl.constexpr,
+           COMPILED: tl.constexpr):  # fmt: skip
+    """Rounds the products at places [R * BN] and writes them, expanded if there are lanes."""
+    b = folded(sums, COMPILED)
+    mask = (token < end) & (row < OUT)
+    if L == 0:
+        tl.store(y + token.to(tl.int64) * OUT + row, b.to(y.dtype.element_ty), mask=mask)
+    else:
+        post, comb, residual, add = wanted
+        b = b.to(x.dtype.element_ty).to(tl.float32)[None, :]
+        if add is not None:
+            b += add
+        b *= post
+        for src in tl.static_range(L):
+            b += comb[src] * residual[src]
+        lanes = tl.arange(0, LANES)[:, None]
+        at = y + (token.to(tl.int64)[None, :] * L + lanes) * OUT + row[None, :]
+        tl.store(at, b.to(y.dtype.element_ty), mask=mask[None, :] & (lanes < L))
+
+
+@triton.jit
+def turned(x, xs, rows, token, end, row, y, lanes, BLOCKS: tl.constexpr, EACH: tl.constexpr, OUT: tl.constexpr,
+           L: tl.constexpr, LANES: tl.constexpr, COMPILED: tl.constexpr):  # fmt: skip
+    """A turn: whole rows times the tokens."""
+    wanted = None
+    if L > 0:
+        wanted = ahead(lanes, token, end, row, OUT, L, LANES)
+    sums = added(tl.zeros([row.shape[0], SUMS], tl.float32), xs, rows, BLOCKS, EACH, COMPILED)
+    finish(sums, wanted, token, end, row, x, y, OUT, L, LANES, COMPILED)
+
+
+@triton.jit
+def multiply(x, scales, values, weight, start, end, tile, y, lanes, IN: tl.constexpr, OUT: tl.constexpr, L: tl.constexpr,
+             LANES: tl.constexpr, BN: tl.constexpr, R: tl.constexpr, TURNS: tl.constexpr, EAGER: tl.constexpr,
+             COMPILED: tl.constexpr):  # fmt: skip
+    """A tile of R * TURNS rows of one of the weights, and BN tokens. y is [N, OUT], with lanes [N, L, OUT]."""
     BLOCKS: tl.constexpr = (IN + BLOCK - 1) // BLOCK
-    first = (weight * OUT + tile * BO).to(tl.int64)
-    rows = tl.minimum(tl.arange(0, BO), OUT - 1 - tile * BO)
-    x += tl.minimum(tokens, end - 1).to(tl.int64)[:, None, None] * IN
-    scales += first * BLOCKS + rows[None, :, None] * BLOCKS
-    values = (values + first * IN).to(tl.pointer_type(tl.int32)) + rows[None, :, None, None] * (IN // 4)
-    sums = tl.zeros([tokens.shape[0], BO, BB], tl.float32)
-    for chunk in tl.range(0, BLOCKS, BB, num_stages=STAGES):
-        blocks = chunk + tl.arange(0, BB)
-        words = blocks[None, None, :, None] * WORDS + tl.arange(0, WORDS)[None, None, None, :]
-        inputs = blocks[None, :, None] * BLOCK + tl.arange(0, BLOCK)[None, None, :]
-        w_values = tl.load(values + words, mask=words < IN // 4, other=0)
-        w_scales = tl.load(scales + blocks[None, None, :], mask=blocks[None, None, :] < BLOCKS, other=0.0).to(tl.float32)
-        x_scales, x_values = quantize(tl.load(x + inputs, mask=inputs < IN, other=0.0).to(tl.float32))
-        exact = tl.sum(dot_words(x_values[:, None, :, :], w_values, DP4A), axis=3).to(tl.float32)
-        sums += exact * (x_scales[:, None, :] * w_scales)
-    for level in tl.static_range(5):
-        even, odd = tl.split(tl.reshape(sums, [tokens.shape[0], BO, BB >> (level + 1), 2]))
-        sums = even + odd
-    return tl.reshape(sums, [tokens.shape[0], BO])
-
-
-@triton.jit
-def multiply(x, scales, values, weight, tokens, end, tile, y, IN: tl.constexpr, OUT: tl.constexpr, BO: tl.constexpr,
-             STAGES: tl.constexpr, DP4A: tl.constexpr):  # fmt: skip
-    """A product, rounded and written to y [N, OUT]."""
-    rows = tile * BO + tl.arange(0, BO)
-    b_y = product(x, scales, values, weight, tokens, end, tile, IN, OUT, BO, STAGES, DP4A)
-    mask = (tokens < end)[:, None] & (rows < OUT)[None, :]
-    tl.store(y + tokens.to(tl.int64)[:, None] * OUT + rows[None, :], b_y.to(y.dtype.element_ty), mask=mask)
+    EACH: tl.constexpr = min(triton.next_power_of_2((BLOCKS + SUMS - 1) // SUMS), MOST_EACH)
+    SPAN: tl.constexpr = EACH * SUMS  # blocks, one a thread
+    first = (weight * OUT + tile * R * TURNS).to(tl.int64)
+    scales += first * BLOCKS
+    values += first * IN
+    last = OUT - 1 - tile * R * TURNS
+    blocks = tl.minimum(tl.arange(0, SPAN), BLOCKS - 1)
+    places = tl.arange(0, R * BN)
+    token = start + places % BN
+    row = tile * R * TURNS + places // BN
+    if BLOCKS <= SPAN:
+        if EAGER:
+            rows = rows_blocks(scales, values, blocks, 0, last, IN, R)
+        xs = tokens_blocks(x, blocks, start, end, IN, BN, COMPILED)
+        if EAGER:
+            for turn in tl.static_range(TURNS):
+                now = rows
+                if turn + 1 < TURNS:
+                    rows = rows_blocks(scales, values, blocks, (turn + 1) * R, last, IN, R)
+                turned(x, xs, now, token, end, row + turn * R, y, lanes, BLOCKS, EACH, OUT, L, LANES, COMPILED)
+        else:
+            for turn in tl.range(TURNS):
+                now = rows_blocks(scales, values, blocks, turn * R, last, IN, R)
+                turned(x, xs, now, token, end, row + turn * R, y, lanes, BLOCKS, EACH, OUT, L, LANES, COMPILED)
+    else:  # Longer rows, piece by piece, in one turn.
+        tl.static_assert(TURNS == 1)
+        wanted = None
+        if L > 0:
+            wanted = ahead(lanes, token, end, row, OUT, L, LANES)
+        sums = tl.zeros([R * BN, SUMS], tl.float32)
+        for begin in tl.range(0, BLOCKS, SPAN):
+            blocks = tl.minimum(begin + tl.arange(0, SPAN), BLOCKS - 1)
+            rows = rows_blocks(scales, values, blocks, 0, last, IN, R)
+            xs = tokens_blocks(x, blocks, start, end, IN, BN, COMPILED)
+            sums = added(sums, xs, rows, BLOCKS - begin, EACH, COMPILED)
+        finish(sums, wanted, token, end, row, x, y, OUT, L, LANES, COMPILED)
 
 
 @triton.jit
 def matmul(x, scales, values, tokens_end, y,
-           IN: tl.constexpr, OUT: tl.constexpr, BN: tl.constexpr, BO: tl.constexpr, STAGES: tl.constexpr,
-           DP4A: tl.constexpr):  # fmt: skip
-    group, tokens, end, tile = place(tokens_end, OUT, BN, BO)
-    multiply(x, scales, values, group, tokens, end, tile, y, IN, OUT, BO, STAGES, DP4A)
+           IN: tl.constexpr, OUT: tl.constexpr, BN: tl.constexpr, R: tl.constexpr, TURNS: tl.constexpr, EAGER: tl.constexpr,
+           ALONE: tl.constexpr, COMPILED: tl.constexpr):  # fmt: skip
+    group, start, end, tile = place(tokens_end, OUT, BN, R * TURNS, ALONE)
+    multiply(x, scales, values, group, start, end, tile, y, None, IN, OUT, 0, 0, BN, R, TURNS, EAGER, COMPILED)
 
 
 @triton.jit
 def matmul_pair(x, scales0, values0, scales1, values1, tokens_end, y0, y1,
                 IN: tl.constexpr, OUT0: tl.constexpr, OUT1: tl.constexpr, SHARED0: tl.constexpr, SHARED1: tl.constexpr,
-                BN: tl.constexpr, BO: tl.constexpr, STAGES: tl.constexpr, DP4A: tl.constexpr):  # fmt: skip
+                BN: tl.constexpr, R: tl.constexpr, TURNS: tl.constexpr, EAGER: tl.constexpr, ALONE: tl.constexpr,
+                COMPILED: tl.constexpr):  # fmt: skip
     """A tile of rows is of one weight or of the other; a shared weight has one group, whatever the other has."""
+    BO: tl.constexpr = R * TURNS
     TILES0: tl.constexpr = (OUT0 + BO - 1) // BO
     TILES1: tl.constexpr = (OUT1 + BO - 1) // BO
-    group, tokens, end, tile = place(tokens_end, (TILES0 + TILES1) * BO, BN, BO)
+    group, start, end, tile = place(tokens_end, (TILES0 + TILES1) * BO, BN, BO, ALONE)
     if tile < TILES0:
         weight = group * (not SHARED0)
-        multiply(x, scales0, values0, weight, tokens, end, tile, y0, IN, OUT0, BO, STAGES, DP4A)
+        multiply(x, scales0, values0, weight, start, end, tile, y0, None, IN, OUT0, 0, 0, BN, R, TURNS, EAGER, COMPILED)
     else:
         weight = group * (not SHARED1)
-        multiply(x, scales1, values1, weight, tokens, end, tile - TILES0, y1, IN, OUT1, BO, STAGES, DP4A)
+        tile -= TILES0
+        multiply(x, scales1, values1, weight, start, end, tile, y1, None, IN, OUT1, 0, 0, BN, R, TURNS, EAGER, COMPILED)
 
 
 @triton.jit
 def matmul_hc_expand(x, scales, values, residual, post, comb, add, tokens_end, out,
                      IN: tl.constexpr, OUT: tl.constexpr, L: tl.constexpr, LANES: tl.constexpr, HAS_ADD: tl.constexpr,
-                     BN: tl.constexpr, BO: tl.constexpr, STAGES: tl.constexpr, DP4A: tl.constexpr):  # fmt: skip
-    """A program has its rows of all lanes, LANES of them, L rounded up to a power of two; they are a tile's middle axis."""
-    group, tokens, end, tile = place(tokens_end, OUT, BN, BO)
-    n = tl.minimum(tokens, end - 1).to(tl.int64)[:, None, None]
-    dst = tl.minimum(tl.arange(0, LANES), L - 1)[None, :, None]
-    row = tl.minimum(tile * BO + tl.arange(0, BO), OUT - 1)[None, None, :]
-    # Requested ahead of the product, behind which they would be waited for.
-    b_post = tl.load(post + n * L + dst).to(tl.float32)
-    b_comb, b_residual = (), ()
-    for src in tl.static_range(L):
-        b_comb = b_comb + (tl.load(comb + (n * L + src) * L + dst).to(tl.float32),)
-        b_residual = b_residual + (tl.load(residual + (n * L + src) * OUT + row).to(tl.float32),)
-    if HAS_ADD:
-        b_add = tl.load(add + n * OUT + row).to(tl.float32)
-    b = product(x, scales, values, group, tokens, end, tile, IN, OUT, BO, STAGES, DP4A)
-    b = b.to(x.dtype.element_ty).to(tl.float32)[:, None, :]
-    if HAS_ADD:
-        b += b_add
-    b_out = b * b_post
-    for src in tl.static_range(L):
-        b_out += b_comb[src] * b_residual[src]
-    tokens = tokens[:, None, None]
-    lanes, rows = tl.arange(0, LANES)[None, :, None], tile * BO + tl.arange(0, BO)[None, None, :]
-    mask = (tokens < end) & (lanes < L) & (rows < OUT)
-    tl.store(out + (tokens.to(tl.int64) * L + lanes) * OUT + rows, b_out.to(out.dtype.element_ty), mask=mask)
+                     BN: tl.constexpr, R: tl.constexpr, TURNS: tl.constexpr, EAGER: tl.constexpr, ALONE: tl.constexpr,
+                     COMPILED: tl.constexpr):  # fmt: skip
+    """A program has its rows of all lanes, LANES of them, L rounded up to a power of two."""
+    group, start, end, tile = place(tokens_end, OUT, BN, R * TURNS, ALONE)
+    lanes = residual, post, comb, add if HAS_ADD else None
+    multiply(x, scales, values, group, start, end, tile, out, lanes, IN, OUT, L, LANES, BN, R, TURNS, EAGER, COMPILED)
