@@ -407,7 +407,6 @@ def _modules() -> dict[str, Any]:
         recast_ptr=_recast,
         FastDivmodDivisorV2=int,
         make_copy_atom=lambda atom, dtype, num_bits_per_copy: atom,
-        FastDivmodDivisorV2=int,
         make_mma_atom=lambda atom: atom,
         mma_atom_call=_multiply,
         copy=_copy,

@@ -1,9 +1,10 @@
 """What verify needs of a draft's tokens alone: what they read from the state, and the [T, T] matrices between them.
 
-A few warps do it, each some of the channels; a lane has a few neighbouring ones. It goes through the tokens once, in order, with
-everything in registers: the decay from the state to a token, and each earlier key with the decay from its token, as running
-products, so that no exponent is positive. The T (T + 2) dots of queries and keys are summed over the warp's lanes many at once.
-Queries and keys are those given: what normalises and scales them is a number a token, and multiplies what comes of them.
+A few warps do it, each some of the channels; a lane has a few neighbouring ones. It goes through the tokens once, in order,
+with everything in registers: the decay from the state to a token, and each earlier key with the decay from its token, as
+running products, so that no exponent is positive. The T (T + 2) dots of queries and keys are summed over the warp's lanes many
+at once. Queries and keys are those given: what normalises and scales them is a number a token, and multiplies what comes of
+them.
 """
 
 import cutlass
@@ -36,7 +37,6 @@ from .token import (
     write,
 )
 
-
 EIGHT = 8  # tokens of a product
 AT_MOST = 16  # dots that are summed at once
 # Barriers, but for the first each of two heads: what is written of a head's tokens, and read.
@@ -53,8 +53,8 @@ def count(tokens):
     return tokens * (tokens + 2)
 
 
-# Tokens come in pairs. The dots of a pair: those of its first token's key and query with each earlier key, those of the second
-# token's, then three of the tokens themselves: q q, k k, q k.
+# Tokens come in pairs. The dots of a pair: those of its first token's key and query with each earlier key, those of the
+# second token's, then three of the tokens themselves: q q, k k, q k.
 def link_at(t, i):
     """Where k_t . k_i is; q_t . k_i follows it."""
     return count(t - t % 2) + t % 2 * 2 * (t - 1) + 2 * i
@@ -112,8 +112,8 @@ def drafts(
             cute.arch.sync_warp()
         if turn % WAYS == way:
             solve(
-                dots[buffer, None, None], b_beta.to(Float32), chosen, tokens, lane, solved[buffer, None, None, None, None, None],
-                factors[buffer, None, None], TOKENS,
+                dots[buffer, None, None], b_beta.to(Float32), chosen, tokens, lane,
+                solved[buffer, None, None, None, None, None], factors[buffer, None, None], TOKENS,
             )  # fmt: skip
             cute.arch.barrier_arrive(barrier_id=SOLVE_DONE + buffer, number_of_threads=(WARPS + 1) * WARP)
         turn = turn + 1
@@ -161,7 +161,7 @@ def prepare(raw: cute.Tensor, gate: cute.Tensor, options, tokens, lane, reads: c
             for t in cutlass.range_constexpr(first, first + 2):
                 q, k, g = (of_words(raw[t, x, None]) for x in range(3))
                 log_decay = log_decays(g, rate, bias, options, GATE)
-                if cutlass.const_expr(g_out is not None):
+                if cutlass.const_expr(g_out is not None):  # noqa: SIM102
                     if t < tokens:
                         write([select(live, x, Float32(0.0)) for x in log_decay], g_out[t, None])
                 decay = [exp(x) for x in log_decay]
@@ -206,7 +206,7 @@ def store_some(value, lane, dots: cute.Tensor, first, at_once: cutlass.Constexpr
 @cute.jit
 def solve(dots: cute.Tensor, beta, options, tokens, lane, solved: cute.Tensor, factors: cute.Tensor,
           TOKENS: cutlass.Constexpr):  # fmt: skip
-    """The [T, T] matrices that turn v - S k into u and into what u adds to the outputs, and the tokens' factors of S k and S q.
+    """The [T, T] matrices that turn v - S k into u and into what u adds to the outputs; the tokens' factors of S k and S q.
 
     u_t = beta_t (x_t - sum_i<t k_t.k_i u_i), x a unit vector in each lane: its column. Zero beyond the tokens.
     """

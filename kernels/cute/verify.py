@@ -1,12 +1,11 @@
 """verify: T draft tokens against one row's state, which is read once and never written.
 
 Bound: memory, V K numbers of state a (row, value head), as long as what T adds is small. So all that tokens ask of the state
-is one product on tensor cores, [k_t exp(G_t) ; q_t exp(G_t)] S^T, [2 T, K] x [K, V]. A program goes through several heads. Some
-of its warps do what has to do with tokens alone (draft.py), up to a head ahead; the others have 16 or 32 rows each of the
-state, and two products that follow each other, whatever T is: of S k and S q, and of v - S k with the two [T, T] matrices
-that make u and outputs of it. A product may sum over K in any order: so its factors are 16 bytes side by
-side of the state, and no lane has to move them. A warp's rows come by one bulk copy, and the next head's are requested as soon
-as these are read.
+is one product on tensor cores, [k_t exp(G_t) ; q_t exp(G_t)] S^T, [2 T, K] x [K, V]. A program goes through several heads.
+Some of its warps do what has to do with tokens alone (draft.py), up to a head ahead; the others have 16 or 32 rows each of
+the state, and two products that follow each other, whatever T is: of S k and S q, and of v - S k with the two [T, T] matrices
+that make u and outputs of it. A product may sum over K in any order: so its factors are 16 bytes side by side of the state,
+and no lane has to move them. A warp's rows come by one bulk copy, and the next head's are requested as soon as these are read.
 
 Precision: factors of the first product are taken as sums of two bfloat16 numbers, to 2^-17; of the other as sums of two TF32
 numbers.
@@ -18,7 +17,7 @@ import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, TFloat32
 
 from .draft import FREE, READ_DONE, SOLVE_DONE, after, count, drafts, ways_of, write_keys
-from .product import add, atom, halves, registers, zeros
+from .product import add, atom, halves, zeros
 from .token import (
     TYPES,
     WARP,
@@ -110,13 +109,13 @@ def verify(
     line, column = lane // 4, lane % 4  # of a product's fragments
     S = TILES[STATE, TOKENS]
     WARPS, EIGHTS, WAYS = V // (S * EIGHT), TOKENS // EIGHT, ways_of(K)
-    n_rows, tokens, value_heads, heads, pool = v.shape[0], v.shape[1], v.shape[2], q.shape[2], state.shape[0]
+    n_rows, tokens, value_heads, pool = v.shape[0], v.shape[1], v.shape[2], state.shape[0]
     # Programs of a multiprocessor have their tokens done by different warps, so that its four schedulers share the work.
     turned = thread // WARP + WAYS * (program // MULTIPROCESSORS)
     warp = cute.arch.make_warp_uniform(turned % (WARPS + WAYS))
 
-    # The state: of four neighbouring lanes each has SIDE numbers side by side, which belong to STEPS of the product. Rows are
-    # dealt out so that of the sums a lane has those of 2 S rows side by side.
+    # The state: of four neighbouring lanes each has SIDE numbers side by side, which belong to STEPS of the product. Rows
+    # are dealt out so that of the sums a lane has those of 2 S rows side by side.
     SIDE = 4 if STATE == "float32" else 8
     STEPS = SIDE // 4
     LOADS = K // (4 * SIDE)
@@ -128,7 +127,7 @@ def verify(
     shape, strides = (WARPS, EIGHT // 2, S, 2, LOADS, 4, SIDE), (PART, 2 * S * K, 2 * K, K, 4 * SIDE, SIDE, 1)
     fragments = cute.make_tensor(rows.iterator, cute.make_layout(shape, stride=strides))
     arrived = memory.allocate_array(Int64, WARPS)
-    # What tokens read, of two heads, as left factors: halves, eights, steps, and a lane's two channels of a key, of a query, ...
+    # What tokens read, of two heads, as left factors: halves, eights, steps; a lane's two channels of a key, of a query, ...
     size = EIGHTS * (K // STEP) * READ
     reads = memory.allocate_tensor(BFloat16, cute.make_layout(2 * 2 * size), 128)
     strides = 2 * size, size, (K // STEP) * READ, READ
