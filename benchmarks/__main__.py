@@ -28,8 +28,8 @@ def main() -> None:
     parser.add_argument("--cells", choices=("full", "quick", "tiny"), default="full", help="how many shapes of the grid")
     parser.add_argument(
         "--implementation",
-        help="which one is timed on a GPU (default: triton and cute; chunk-gpu: triton and xla; q8_0: triton; loop: what None "
-        "finds)",
+        help="which one is timed on a GPU (default: triton and cute; chunk-gpu: triton and xla; q8_0: triton; loop: "
+        "what None finds)",
     )
     parser.add_argument("--output", type=pathlib.Path, default=record.RESULTS, help="folder for the JSON files")
     args = parser.parse_args()

@@ -129,7 +129,7 @@ def _decode_tables(ours: Rows, peers: dict[str, Rows], bandwidth: dict[str, floa
         for cell in cells:
             mine = ours[cell, "decode"]
             theirs = {peer: rows[cell, "decode"]["us"] for peer, rows in peers.items() if (cell, "decode") in rows}
-            row = {"n": cell.n, "rmw": _rmw(mine, bandwidth)} | {f"{name}_us": us for name, us in mine["times"].items()}
+            row = {"n": cell.n, "rmw": _rmw(mine, bandwidth)} | _times(mine)
             row |= {"kernel_us": mine.get("kernel_us")} | {f"{peer}_us": us for peer, us in theirs.items()}
             row |= {"ratio": min(theirs.values()) / mine["us"] if theirs else None}
             row |= {"bf16": _other_pool(ours, cell, "decode") if cell.pool == "bfloat16" else None}
@@ -155,11 +155,14 @@ def _chain_tables(ours: Rows, peers: dict[str, Rows]) -> list[str]:
             sections.append(f"\n{title}\n\n{record.table(list(rows.values()), columns)}")
     strict = [cell for cell, variant in ours if variant == "decode_mtp"]
     if strict:
-        rows_ = [{"cell": str(cell)} | ours[cell, "decode_mtp"] for cell in strict]
-        rows_ = [row | {f"{name}_us": us for name, us in row["times"].items()} for row in rows_]
+        rows_ = [{"cell": str(cell)} | ours[cell, "decode_mtp"] | _times(ours[cell, "decode_mtp"]) for cell in strict]
         columns = {"cell": "shape", "triton_us": "Triton us", "cute_us": "CuTe us", "kernel_us": "faster one's kernel us"}
         sections.append("\n## decode_mtp\n\n" + _table(rows_, columns))
     return sections
+
+
+def _times(row: dict[str, Any]) -> dict[str, float]:
+    return {f"{name}_us": us for name, us in row["times"].items()}
 
 
 def _chain(mine: dict[str, Any], theirs: dict[str, Any] | None) -> str:
