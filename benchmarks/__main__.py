@@ -25,7 +25,9 @@ def main() -> None:
     parser.add_argument("suites", nargs="*", default=list(NAMED), help=f"of {', '.join(names)} (default: chunk serving)")
     parser.add_argument("--shapes", nargs="+", default=["cpu"], help="named shapes of kda_jax.testing.cases.SHAPES")
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--cells", choices=("full", "quick", "tiny"), default="full", help="how many shapes of the grid")
+    parser.add_argument(
+        "--cells", choices=("full", "targets", "quick", "tiny"), default="full", help="how many shapes of the grid"
+    )
     parser.add_argument(
         "--implementation",
         help="which one is timed on a GPU (default: triton and cute; chunk-gpu: triton and xla; q8_0: triton; loop: "

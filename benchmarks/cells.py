@@ -76,13 +76,14 @@ def accepted(tokens: int) -> dict[str, int]:
 
 
 def cells(suite: str, size: str) -> list[Cell]:
-    """The cells of "decode", "mtp" or "verify": "full", "quick" (a smoke run on a GPU) or "tiny" (on a CPU)."""
+    """The cells of "decode", "mtp" or "verify": "full", "targets" (those the project's targets name), "quick" (a smoke run on
+    a GPU) or "tiny" (on a CPU)."""
     tokens = {"mtp": TOKENS, "verify": VERIFIED_TOKENS}.get(suite, (1,))
     if size == "tiny":
         return [Cell(16, 1, 2, pool, n, t) for pool in POOLS for n in (1, 2) for t in tokens[:2]]
     if size == "quick":
         return [Cell(128, 32, 32, pool, n, t) for pool in POOLS for n in (1, 8, 128) for t in tokens[:3:2]]
-    if suite == "verify":
+    if suite == "verify" or size == "targets":
         sizes = [(n, 32) for n in (1, 8, 32, 128)] + [(128, 64)]
         return [Cell(128, heads, heads, pool, n, t) for pool in POOLS for n, heads in sizes for t in tokens]
     grid = [Cell(128, *heads, pool, n, t) for heads in HEADS for pool in POOLS for n in BATCHES for t in tokens]

@@ -36,7 +36,7 @@ def require(size: str) -> None:
 
 @functools.cache
 def _numbers() -> np.ndarray:
-    return np.random.default_rng(0).standard_normal(1 << 24, dtype=np.float32).astype(jnp.bfloat16)
+    return np.random.default_rng(0).standard_normal((1 << 24) + (1 << 14), dtype=np.float32).astype(jnp.bfloat16)
 
 
 def normal(*shape: int, start: int, dtype: Any = None) -> np.ndarray:

@@ -36,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__)
     parser.add_argument("output", type=pathlib.Path, nargs="?", default=record.RESULTS, help="folder for the JSON files")
     parser.add_argument("--suites", nargs="+", choices=tuple(SUITES), default=list(SUITES), help="a JSON file each")
-    parser.add_argument("--cells", choices=("full", "quick"), default="full")
+    parser.add_argument("--cells", choices=("full", "targets", "quick"), default="full")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks.peers times GPU kernels, and PyTorch sees no GPU.")
