@@ -76,8 +76,7 @@ def accepted(tokens: int) -> dict[str, int]:
 
 
 def cells(suite: str, size: str) -> list[Cell]:
-    """The cells of "decode", "mtp" or "verify": "full", "targets" (those the project's targets name), "quick" (a smoke run on
-    a GPU) or "tiny" (on a CPU)."""
+    """The cells of "decode", "mtp" or "verify": "full", "targets" (named by them), "quick" (a trial), "tiny" (for a CPU)."""
     tokens = {"mtp": TOKENS, "verify": VERIFIED_TOKENS}.get(suite, (1,))
     if size == "tiny":
         return [Cell(16, 1, 2, pool, n, t) for pool in POOLS for n in (1, 2) for t in tokens[:2]]

@@ -115,7 +115,6 @@ _CHUNK_GPU = "benchmarks/results/chunk-gpu.json"
 _DECODE_GPU = "benchmarks/results/decode-gpu.json"
 _MTP_GPU = "benchmarks/results/mtp-gpu.json"
 _PALLAS_GPU = "benchmarks/results/pallas-gpu.json"
-_CUTE_GPU = "benchmarks/results/cute-gpu.json"
 _CPU = "benchmarks/results/serving-cpu.json"
 _Q8_0_GPU = "benchmarks/results/q8_0-gpu.json"
 
@@ -129,19 +128,19 @@ TABLE = (
     # 4 to 5 % faster than Triton at N * HV of 4096 and 8192, slower at 1024 and less. None must give a row the same bits
     # whatever N is, and those of decode_mtp, so it keeps to Triton.
     Row("kda_decode", "pallas", _PALLAS, "kda_jax.pallas.decode:decode", _PALLAS_GPU, default=False),
-    Row("kda_decode", "cute", _CUTE, "kda_jax.cute.decode:decode", _CUTE_GPU, default=False),
+    Row("kda_decode", "cute", _CUTE, "kda_jax.cute.decode:decode", _DECODE_GPU, default=False),
     Row("kda_decode", "xla", _ANY, "kda_jax.xla.decode:decode", _CPU),
     Row("kda_decode_mtp", "triton", _TRITON, "kda_jax.triton.decode:decode_mtp", _MTP_GPU),
-    Row("kda_decode_mtp", "cute", _CUTE, "kda_jax.cute.decode:decode_mtp", _CUTE_GPU, default=False),
+    Row("kda_decode_mtp", "cute", _CUTE, "kda_jax.cute.decode:decode_mtp", _MTP_GPU, default=False),
     Row("kda_decode_mtp", "xla", _ANY, "kda_jax.xla.decode:decode_mtp", _CPU),
     Row("kda_decode_mtp_paged", "triton", _TRITON, "kda_jax.triton.decode:decode_mtp_paged", _MTP_GPU),
-    Row("kda_decode_mtp_paged", "cute", _CUTE, "kda_jax.cute.decode:decode_mtp_paged", _CUTE_GPU, default=False),
+    Row("kda_decode_mtp_paged", "cute", _CUTE, "kda_jax.cute.decode:decode_mtp_paged", _MTP_GPU, default=False),
     Row("kda_decode_mtp_paged", "xla", _ANY, "kda_jax.xla.decode:decode_mtp_paged", _CPU),
     Row("kda_verify", "triton", _TRITON_VERIFY, "kda_jax.triton.verify:verify", _MTP_GPU),
-    Row("kda_verify", "cute", _CUTE_VERIFY, "kda_jax.cute.verify:verify", _CUTE_GPU, default=False),
+    Row("kda_verify", "cute", _CUTE_VERIFY, "kda_jax.cute.verify:verify", _MTP_GPU, default=False),
     Row("kda_verify", "xla", _ANY, "kda_jax.xla.verify:verify", _CPU),
     Row("kda_flush", "triton", _TRITON, "kda_jax.triton.flush:flush", _MTP_GPU),
-    Row("kda_flush", "cute", _CUTE, "kda_jax.cute.flush:flush", _CUTE_GPU, default=False),
+    Row("kda_flush", "cute", _CUTE, "kda_jax.cute.flush:flush", _MTP_GPU, default=False),
     Row("kda_flush", "xla", _ANY, "kda_jax.xla.flush:flush", _CPU),
     Row("q8_0_matmul", "triton", _TRITON_Q8_0, "kda_jax.triton.q8_0:matmul", _Q8_0_GPU),
     Row("q8_0_matmul", "xla", _ANY, "kda_jax.xla.q8_0:matmul", _Q8_0_GPU),

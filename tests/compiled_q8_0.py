@@ -37,6 +37,8 @@ def calls():
         for n in (1, 2, 4, 64):
             yield f"{name} {n}", call, arguments(name, n)
         yield f"{name} part-of-a-block", call, arguments(name, 3, 100, 37)
+    without_add = arguments("matmul_hc_expand", 2)[:-1]
+    yield "matmul_hc_expand without-add", functools.partial(q8_0.matmul_hc_expand, implementation="triton"), without_add
     yield "matmul one-block", functools.partial(q8_0.matmul, implementation="triton"), arguments("matmul", 2, 32, 37)
     yield "matmul long-rows", functools.partial(q8_0.matmul, implementation="triton"), arguments("matmul", 1, 18432, 7168)
     yield "matmul large", functools.partial(q8_0.matmul, implementation="triton"), arguments("matmul", 4, 7168, 7168)

@@ -22,14 +22,12 @@ SMALL = Case(
     "softplus", batch=2, heads=1, value_heads=2, k_dim=64, v_dim=64, pool_size=4, dtype="bfloat16", state_dtype="float32"
 )
 SLOTS = np.asarray([3, -1, 0], np.int32)
-RING, NO_RING = 0, 1 << 30  # rows from which on there is one
 
 
 @pytest.fixture(autouse=True)
 def simulated(monkeypatch):
     for caller in (decode_calls, verify_calls, flush_calls):
         monkeypatch.setattr(caller, "call", simt.call)
-    monkeypatch.setattr(simt.module("stream"), "PROGRAMS", 1)  # so that a program has more tiles than its ring has places
 
 
 def variants(**changes):
@@ -105,6 +103,19 @@ def test_verify_of_so_many_tokens(tokens):
     check_verify_and_flush(case, None)
 
 
+@pytest.mark.parametrize("tokens", [3, 9])
+def test_verify_of_several_heads_to_a_program(monkeypatch, tokens):
+    """What is done with one head while the next one is under way."""
+    case = dataclasses.replace(SMALL, batch=3, tokens=tokens, state_dtype="bfloat16")
+    operands, spec, *_ = drawn_operands(case, "draft", np.asarray([1, 5, 0], np.int32))
+    spec = VerifySpec(**spec, with_update=True)
+    alone = verify_calls.verify(operands, spec)
+    source = simt.module("verify")
+    monkeypatch.setattr(source, "AT_ONCE", dict.fromkeys(source.AT_ONCE, 1))
+    monkeypatch.setattr(source, "MULTIPROCESSORS", 1)
+    assert_equal(verify_calls.verify(operands, spec), alone)
+
+
 @pytest.mark.parametrize("tokens", [4, 9])
 def test_flush_does_not_read_what_was_not_accepted(tokens):
     """Tokens behind the accepted ones change no bit, whatever they hold and however many they are."""
@@ -133,10 +144,7 @@ def test_gate_parameters_of_each_row():
 
 def test_threads_that_wait_for_ever_are_found(monkeypatch):
     """So that a kernel that hangs a GPU fails here."""
-    monkeypatch.setattr(simt.module("stream"), "leave", lambda ring, i: None)
-    monkeypatch.setattr(flush_calls, "STREAMED", RING)
-    operands, _, arrays, *_ = drawn_operands(SMALL, "draft", SLOTS)
-    update = arrays[2], arrays[1], arrays[3]
-    flushed = FlushOperands(*(np.asarray(x, np.float32) for x in update), operands.state, SLOTS[:2], np.ones(2, np.int32))
+    monkeypatch.setattr(simt.module("draft"), "SOLVE_DONE", 9)  # a barrier at which nobody waits
+    operands, spec, *_ = drawn_operands(SMALL, "draft", SLOTS)
     with pytest.raises(AssertionError, match="wait for ever"):
-        flush_calls.flush(flushed, FlushSpec(None))
+        verify_calls.verify(operands, VerifySpec(**spec, with_update=False))

@@ -3,8 +3,8 @@
 A few warps do it, each some of the channels; a lane has a few neighbouring ones. It goes through the tokens once, in order,
 with everything in registers: the decay from the state to a token, and each earlier key with the decay from its token, as
 running products, so that no exponent is positive. The T (T + 2) dots of queries and keys are summed over the warp's lanes
-many at once. Queries and keys are those given: what normalises and scales them is a number a token, and multiplies what comes
-of them.
+many at once. Queries and keys are those given: what normalises and scales them is a number a token, and multiplies what
+comes of them.
 """
 
 import cutlass

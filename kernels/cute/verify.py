@@ -4,9 +4,9 @@ Bound: memory, V K numbers of state a (row, value head), as long as what T adds 
 is one product on tensor cores, [k_t exp(G_t) ; q_t exp(G_t)] S^T, [2 T, K] x [K, V]. A program goes through several heads.
 Some of its warps do what has to do with tokens alone (draft.py), up to a head ahead; the others have 16 or 32 rows each of
 the state, and two products that follow each other, whatever T is: of S k and S q, and of v - S k with the two [T, T]
-matrices that make u and outputs of it. A product may sum over K in any order: so its factors are 16 bytes side by side of the
-state, and no lane has to move them. A warp's rows come by one bulk copy, and the next head's are requested as soon as these
-are read.
+matrices that make u and outputs of it. A product may sum over K in any order: so its factors are 16 bytes side by side of
+the state, and no lane has to move them. A warp's rows come by one bulk copy, and the next head's are requested as soon as
+these are read.
 
 Precision: factors of the first product are taken as sums of two bfloat16 numbers, to 2^-17; of the other as sums of two TF32
 numbers.

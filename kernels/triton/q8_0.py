@@ -210,18 +210,17 @@ def place(tokens_end, OUT: tl.constexpr, BN: tl.constexpr, BO: tl.constexpr, ALO
 
 @triton.jit
 def ahead(lanes, token, end, row, OUT: tl.constexpr, L: tl.constexpr, LANES: tl.constexpr):
-    """Requests for places [R * BN] of all lanes post, comb and residual by source, [LANES, R * BN] each, and add."""
+    """Requests for places [R * BN] of all lanes post, comb and residual by source, [LANES, R * BN] each; add, if any."""
     residual, post, comb, add = lanes
     n = tl.minimum(token, end - 1).to(tl.int64)[None, :]
     row = tl.minimum(row, OUT - 1)[None, :]
     dst = tl.minimum(tl.arange(0, LANES), L - 1)[:, None]
-    b_comb, b_residual = (), ()
+    b_comb, b_residual, b_add = (), (), ()
     for src in tl.static_range(L):
         b_comb = b_comb + (tl.load(comb + (n * L + src) * L + dst).to(tl.float32),)
         b_residual = b_residual + (tl.load(residual + (n * L + src) * OUT + row).to(tl.float32),)
-    b_add = None
-    if add is not None:
-        b_add = tl.load(add + n * OUT + row).to(tl.float32)
+    for i in tl.static_range(len(add)):
+        b_add = b_add + (tl.load(add[i] + n * OUT + row).to(tl.float32),)
     return tl.load(post + n * L + dst).to(tl.float32), b_comb, b_residual, b_add
 
 
@@ -236,8 +235,8 @@ def finish(sums, wanted, token, end, row, x, y, OUT: tl.constexpr, L: tl.constex
     else:
         post, comb, residual, add = wanted
         b = b.to(x.dtype.element_ty).to(tl.float32)[None, :]
-        if add is not None:
-            b += add
+        for i in tl.static_range(len(add)):
+            b += add[i]
         b *= post
         for src in tl.static_range(L):
             b += comb[src] * residual[src]
@@ -335,5 +334,5 @@ def matmul_hc_expand(x, scales, values, residual, post, comb, add, tokens_end, o
                      COMPILED: tl.constexpr):  # fmt: skip
     """A program has its rows of all lanes, LANES of them, L rounded up to a power of two."""
     group, start, end, tile = place(tokens_end, OUT, BN, R * TURNS, ALONE)
-    lanes = residual, post, comb, add if HAS_ADD else None
+    lanes = residual, post, comb, (add,) if HAS_ADD else ()  # an array or none
     multiply(x, scales, values, group, start, end, tile, out, lanes, IN, OUT, L, LANES, BN, R, TURNS, EAGER, COMPILED)
