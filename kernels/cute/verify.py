@@ -39,9 +39,9 @@ from .token import (
 TOKENS = 8, 16  # at most; a kernel for few has fewer registers and less shared memory
 EIGHT = 8  # tokens of a product, and rows of the state
 STEP = 16  # channels that an instruction sums over
-# By the pool's dtype and the tokens at most: eights of the state's rows to a warp, and programs on a multiprocessor.
+# By the pool's dtype and the tokens at most: eights of the state's rows to a warp.
 TILES = {("bfloat16", 8): 4, ("bfloat16", 16): 4, ("float32", 8): 2, ("float32", 16): 4}
-AT_ONCE = {("bfloat16", 8): 3, ("bfloat16", 16): 2, ("float32", 8): 2, ("float32", 16): 2}
+AT_ONCE = {"bfloat16": 3, "float32": 2}  # programs of few tokens on a multiprocessor
 MULTIPROCESSORS = 132  # of an H200
 MISSING = 2 * EIGHT + 8  # numbers from a token's v - S k to the next one's: so lanes meet in few banks
 READ = 2 * STEP * EIGHT + 32  # numbers from one step's left factors to the next: so lanes that write meet in no bank
@@ -52,6 +52,13 @@ def operands(K, V, STATE, GATE, TOKEN, UPDATE):
     inputs, o = token_inputs("N T", STATE, TOKEN)
     update = [("N T HV V", "float32"), ("N T H K", "float32"), ("N T HV K", "float32")] if UPDATE else []
     return inputs, [o, *update], {}
+
+
+def at_once(V, STATE, TOKEN, UPDATE, MOST):
+    """Programs on a multiprocessor; many tokens in registers leave room for few."""
+    if min(TOKENS) == MOST:
+        return AT_ONCE[STATE] * (128 // V)
+    return 2 if V == 64 or (STATE, TOKEN, UPDATE) == ("bfloat16", "bfloat16", False) else 1
 
 
 def shared_bytes(K, V, STATE, GATE, TOKEN, UPDATE):
@@ -73,22 +80,22 @@ def launch(
     u, k_out, g_out = update if UPDATE else (v, k, g)
     arrays = q, k, v, g, beta, A_log, dt_bias, state, slots, options, o, u, k_out, g_out
     if v.shape[1] <= TOKENS[0]:
-        enqueue(stream, arrays, K, V, STATE, GATE, UPDATE, TOKENS[0])
+        enqueue(stream, arrays, K, V, STATE, GATE, TOKEN, UPDATE, TOKENS[0])
     else:
-        enqueue(stream, arrays, K, V, STATE, GATE, UPDATE, TOKENS[1])
+        enqueue(stream, arrays, K, V, STATE, GATE, TOKEN, UPDATE, TOKENS[1])
 
 
-def enqueue(stream, arrays, K, V, STATE, GATE, UPDATE, MOST):
+def enqueue(stream, arrays, K, V, STATE, GATE, TOKEN, UPDATE, MOST):
     q, v = arrays[0], arrays[2]
     value_heads = v.shape[2]
     group = value_heads // q.shape[2]
     # Of what programs would divide by: hv // group is hv * inverse >> 32, for as many heads as there are.
     inverse = ((Int64(1) << 32) + group - 1) // group
-    at_once = AT_ONCE[STATE, MOST] * (128 // V)
+    programs = at_once(V, STATE, TOKEN, UPDATE, MOST)
     verify(*arrays, group, inverse, K, V, STATE, GATE, UPDATE, MOST).launch(
-        grid=[cutlass.min(v.shape[0] * value_heads, Int32(at_once * MULTIPROCESSORS)), 1, 1],
+        grid=[cutlass.min(v.shape[0] * value_heads, Int32(programs * MULTIPROCESSORS)), 1, 1],
         block=[(V // (TILES[STATE, MOST] * EIGHT) + ways_of(K)) * WARP, 1, 1],
-        min_blocks_per_mp=at_once,
+        min_blocks_per_mp=programs,
         preferred_smem_carveout=100,  # percent; left out, the DSL would ask a device
         stream=stream,
     )
