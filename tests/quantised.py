@@ -102,3 +102,13 @@ def check_written_order(matmul, matmul_pair, matmul_hc_expand, n, inputs, dtype,
     b0, b1 = written_out(x, w0).astype(dtype), written_out(x, w1).astype(dtype)
     assert_equal((y0, y1, matmul(x, w0), matmul(x, w1)), (b0, b1, b0, b1))
     assert_equal(out, expanded(b0, **some))
+
+
+def check_special_numbers(matmul, out):
+    """As with xla: zero and tiny tokens give zero; what is not finite shows in its row."""
+    x = draw(5, 96)
+    x[0], x[1], x[2, 40], x[3, 50] = 0, 1e-39, np.nan, np.inf
+    y = np.asarray(matmul(x, weight(out)))
+    assert not y[:2].any()
+    assert np.isnan(y[2:4]).all()
+    assert_equal(y[4:], matmul(x[4:], weight(out)))

@@ -3,14 +3,13 @@
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from kda_jax import q8_0
 
 from .common import assert_equal, on_a_gpu, stack
-from .quantised import check_decoding, check_written_order, draw, expanded, lanes, weight
+from .quantised import check_decoding, check_special_numbers, check_written_order, draw, expanded, lanes, weight
 
 pytestmark = on_a_gpu
 
@@ -43,12 +42,7 @@ def test_a_tokens_bits_depend_on_the_token_alone():
 
 
 def test_special_numbers():
-    x = draw(5, 96)
-    x[0], x[1], x[2, 40], x[3, 50] = 0, 1e-39, np.nan, np.inf
-    y = matmul(x, weight(OUT))
-    assert not y[:2].any()
-    assert jnp.isnan(y[2:4]).all()
-    assert_equal(y[4:], matmul(x[4:], weight(OUT)))
+    check_special_numbers(matmul, OUT)
 
 
 @pytest.mark.parametrize("axes", [(0, 0, 0), (0, 0, None), (0, None, 0), (None, 0, None)], ids=str)
