@@ -5,7 +5,6 @@ A process of its own, as compiled.py.
 
 import functools
 import json
-import re
 
 import jax
 from compiled import array, assemble, inspect
@@ -55,8 +54,6 @@ def main():
             for kernel in found["kernels"]:
                 ptx = kernel.pop("ptx")
                 kernel |= assemble(ptx) | {text: ptx.count(text) for text in INSTRUCTIONS}
-                distances = re.findall(r"shfl\.sync\.bfly\.b32\s+\S+ \S+ (\d+)", ptx)
-                kernel["shuffles"] = [distances.count(str(distance)) for distance in (16, 8, 4, 2, 1)]
             report[name] = {"kernels": found["kernels"], "text_copies": found["text_copies"]}
         report["default"] = {
             name: [

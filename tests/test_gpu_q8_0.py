@@ -19,7 +19,10 @@ matmul, matmul_pair, matmul_hc_expand = (
 )
 
 
-@pytest.mark.parametrize(("n", "inputs"), [(1, 32), (2, 2048), (3, 100), (64, 1100), (1, 7168), (64, 4096), (5, 9000)])
+SHAPES = [(1, 32), (2, 64), (2, 2048), (3, 100), (8, 1056), (64, 1100), (1, 7168), (64, 4096), (5, 9000)]
+
+
+@pytest.mark.parametrize(("n", "inputs"), SHAPES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_values_and_bits_are_those_of_the_documented_order(n, inputs, dtype):
     check_written_order(matmul, matmul_pair, matmul_hc_expand, n, inputs, dtype, (OUT, OUT1))

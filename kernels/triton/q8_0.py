@@ -101,18 +101,19 @@ def quantize(parts, COMPILED: tl.constexpr):
 
 @triton.jit
 def tokens_blocks(x, blocks, start, end, IN: tl.constexpr, BN: tl.constexpr, COMPILED: tl.constexpr):
-    """These blocks of BN tokens from start on, quantised. The last token stands for those past it."""
+    """These blocks of BN tokens from start on, quantised. The last token stands for those past it, and if all blocks are
+    whole the last block for those past it. Not a row's only block: ptxas 12.8 goes wrong where all threads read one."""
     PART: tl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth  # 16 bytes: a vector of a thread
+    WHOLE: tl.constexpr = IN % BLOCK == 0 and IN > BLOCK
+    if WHOLE:
+        blocks = tl.minimum(blocks, IN // BLOCK - 1)
     inputs = blocks[:, None] * BLOCK + tl.arange(0, PART)[None, :]
     raw, found = (), ()
     for n in tl.static_range(BN):
         near = x + tl.minimum(start + n, end - 1).to(tl.int64) * IN + inputs
         parts = ()
         for i in tl.static_range(0, 32, PART):
-            if (IN + BLOCK - 1) // BLOCK * BLOCK == IN:
-                parts = parts + (tl.load(near + i),)
-            else:
-                parts = parts + (tl.load(near + i, mask=inputs + i < IN, other=0.0),)
+            parts = parts + (tl.load(near + i) if WHOLE else tl.load(near + i, mask=inputs + i < IN, other=0.0),)
         raw = raw + (parts,)
     for n in tl.static_range(BN):
         found = found + (quantize(raw[n], COMPILED),)
@@ -122,16 +123,18 @@ def tokens_blocks(x, blocks, start, end, IN: tl.constexpr, BN: tl.constexpr, COM
 @triton.jit
 def rows_blocks(scales, values, blocks, first, last, IN: tl.constexpr, R: tl.constexpr):
     """Requests these blocks of R rows from first on: scales [B, R], and values as halves of blocks [B, R, 4], a vector of a
-    thread each. The last row stands for those past it."""
+    thread each. The last block and row stand for those past them."""
+    BLOCKS: tl.constexpr = (IN + BLOCK - 1) // BLOCK
+    blocks = tl.minimum(blocks, BLOCKS - 1)
     rows = tl.minimum(first + tl.arange(0, R), last)
     near = blocks[:, None, None] * WORDS + tl.arange(0, 4)[None, None, :]
     at = values.to(tl.pointer_type(tl.int32)) + rows[None, :, None] * (IN // 4) + near
-    if (IN + BLOCK - 1) // BLOCK * BLOCK == IN:
+    if IN % BLOCK == 0:
         low, high = tl.load(at), tl.load(at + 4)
     else:
         low = tl.load(at, mask=near < IN // 4, other=0)
         high = tl.load(at + 4, mask=near + 4 < IN // 4, other=0)
-    return tl.load(scales + blocks[:, None] + rows[None, :] * ((IN + BLOCK - 1) // BLOCK)), low, high
+    return tl.load(scales + blocks[:, None] + rows[None, :] * BLOCKS), low, high
 
 
 @triton.jit
@@ -180,16 +183,8 @@ def in_order(total, x, COUNT: tl.constexpr):
 
 
 @triton.jit
-def add(a, b):
-    return a + b
-
-
-@triton.jit
-def folded(sums, COMPILED: tl.constexpr):
-    """[R * BN, SUMS] added up, one half to the other."""
-    if COMPILED:
-        # A sum has a lane of a warp; lanes add up by shuffles of distance 16, 8, 4, 2, 1. Tests look for them in the PTX.
-        return tl.reduce(sums, 1, add)
+def folded(sums):
+    """[R * BN, SUMS] added up, one half to the other: level by level, so that the compiler has no say in the order."""
     for level in tl.static_range(5):
         sums = tl.sum(tl.reshape(sums, [sums.shape[0], 2, SUMS >> (level + 1)]), axis=1)
     return tl.reshape(sums, [sums.shape[0]])
@@ -228,7 +223,7 @@ def ahead(lanes, token, end, row, OUT: tl.constexpr, L: tl.constexpr, LANES: tl.
 def finish(sums, wanted, token, end, row, x, y, OUT: tl.constexpr, L: tl.constexpr, LANES: tl.constexpr,
            COMPILED: tl.constexpr):  # fmt: skip
     """Rounds the products at places [R * BN] and writes them, expanded if there are lanes."""
-    b = folded(sums, COMPILED)
+    b = folded(sums)
     mask = (token < end) & (row < OUT)
     if L == 0:
         tl.store(y + token.to(tl.int64) * OUT + row, b.to(y.dtype.element_ty), mask=mask)
@@ -268,7 +263,7 @@ def multiply(x, scales, values, weight, start, end, tile, y, lanes, IN: tl.const
     scales += first * BLOCKS
     values += first * IN
     last = OUT - 1 - tile * R * TURNS
-    blocks = tl.minimum(tl.arange(0, SPAN), BLOCKS - 1)
+    blocks = tl.arange(0, SPAN)
     places = tl.arange(0, R * BN)
     token = start + places % BN
     row = tile * R * TURNS + places // BN
@@ -293,9 +288,8 @@ def multiply(x, scales, values, weight, start, end, tile, y, lanes, IN: tl.const
             wanted = ahead(lanes, token, end, row, OUT, L, LANES)
         sums = tl.zeros([R * BN, SUMS], tl.float32)
         for begin in tl.range(0, BLOCKS, SPAN):
-            blocks = tl.minimum(begin + tl.arange(0, SPAN), BLOCKS - 1)
-            rows = rows_blocks(scales, values, blocks, 0, last, IN, R)
-            xs = tokens_blocks(x, blocks, start, end, IN, BN, COMPILED)
+            rows = rows_blocks(scales, values, begin + blocks, 0, last, IN, R)
+            xs = tokens_blocks(x, begin + blocks, start, end, IN, BN, COMPILED)
             sums = added(sums, xs, rows, BLOCKS - begin, EACH, COMPILED)
         finish(sums, wanted, token, end, row, x, y, OUT, L, LANES, COMPILED)
 
