@@ -1,13 +1,15 @@
 """kda.q8_0 on a GPU: products of few tokens, beside what a program would have without them.
 
 Each program makes its calls on weights in turn, one after the other as a model's layers do: an optimization barrier has a
-call wait for the last one's results, so that XLA neither merges calls nor runs them side by side. It makes many, because
-handing over so many weights takes Python a microsecond or two each, and gives one number of every result back.
+call wait for the last one's results, so that XLA neither merges calls nor runs them side by side. It does so many times, in
+a loop: handing the weights over takes Python a microsecond or two each, and from run to run XLA may have to update its graph
+of the calls. Of every result it keeps one number.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -26,13 +28,12 @@ COLUMNS = {
     "variant": "what",
     "implementation": "implementation",
     "us": "us",
-    "kernel_us": "kernel us",
     "tb_s": "TB/s of weights",
     "share": "share of read bandwidth",
     "error": "error",
 }
 XLA_SHAPES, XLA_TOKENS = ((2048, (4096,)), (4096, (4096,))), (1, 4, 64)  # enough to see that it is not for speed
-CALLS = 128  # or more, of a program
+CALLS, PASSES = 128, 4  # or more calls of a pass, and passes of a program
 READ_BYTES, READ_WIDTHS = 4 << 30, (1 << 12, 1 << 14, 1 << 16)
 
 
@@ -42,11 +43,11 @@ class Program(NamedTuple):
     implementation: str
 
     @property
-    def passes(self) -> int:
-        """Times that each weight has its turn; once where speed is not the matter."""
+    def turns(self) -> tuple[int, int]:
+        """How many each weight has in a pass, and the passes; one where speed is not the matter."""
         if jax.default_backend() != "gpu" or (self.implementation == "xla" and self.variant == self.cell.operation):
-            return 1
-        return -(-CALLS // self.cell.weights)
+            return 1, 1
+        return -(-CALLS // self.cell.weights), PASSES
 
 
 class Executable(NamedTuple):
@@ -58,28 +59,21 @@ def run(size: str, implementation: str | None) -> list[dict[str, Any]]:
     programs = _programs(size, implementation)
     read = read_bandwidth(READ_BYTES if jax.default_backend() == "gpu" else 1 << 20)
     rows: list[dict[str, Any]] = [{"variant": "read", "implementation": "xla", "tb_s": read}]
-    timed: list[tuple[dict[str, Any], gpu.Start]] = []
     for program, executable in zip(programs, gpu.compiled(programs, _compiled), strict=True):
         cell = program.cell
-        calls = program.passes * cell.weights
+        calls = cell.weights * math.prod(program.turns)
         row: dict[str, Any] = {"shape": str(cell), **cell.row(), "variant": program.variant, "calls": calls}
         row |= {"implementation": program.implementation, "weight_bytes": _weight_bytes(program)}
         rows.append(row)
         try:
             if isinstance(executable, Exception):
                 raise executable
-            begin = functools.partial(_start, program, executable)
-            row["us"] = gpu.microseconds(*begin()) / calls
+            row["us"] = gpu.microseconds(None, _step(program, executable)) / calls
             row["tb_s"] = row["weight_bytes"] / row["us"] / 1e6
             row |= {"share": row["tb_s"] / read, "temp_bytes": executable.temp_bytes}
-            timed.append((row, begin))
         except Exception as error:  # the other cells are still worth timing
             row["error"] = repr(error)[:300]
             print(f"{program}: {error!r}", file=sys.stderr)
-    for (row, _), times in zip(timed, gpu.kernels([begin for _, begin in timed]), strict=True):
-        if times:
-            per_call = {name: us / row["calls"] for name, us in times.items()}
-            row |= {"kernel_us": sum(per_call.values()), "kernels": per_call}
     return rows
 
 
@@ -138,12 +132,18 @@ def _in_turn(function: Callable[..., Any], x: jax.Array, others: tuple[Any, ...]
 
 
 def _function(program: Program) -> Callable[..., Any]:
-    """All calls as ``(x, weights, lanes) -> a number of each result``."""
+    """All calls as ``(x, weights, lanes) -> the sum of a number of each result``."""
     one = jax.jit(_call(program))  # traced once
+    turns, passes = program.turns
 
     def calls(x: jax.Array, weights: Any, lanes: Any) -> jax.Array:
-        results = _in_turn(lambda x, each: one(x, each, lanes), x, weights * program.passes)
-        return jnp.stack([leaf.ravel()[0] for leaf in jax.tree.leaves(results)])
+        def one_pass(_: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            x, total = carry
+            results = _in_turn(lambda x, each: one(x, each, lanes), x, weights * turns)
+            total += jnp.stack([leaf.ravel()[0] for leaf in jax.tree.leaves(results)]).astype(jnp.float32).sum()
+            return lax.optimization_barrier((x, total))
+
+        return lax.fori_loop(0, passes, one_pass, (x, jnp.float32(0)))[1]
 
     return calls
 
@@ -177,6 +177,6 @@ def _compiled(program: Program) -> Executable | Exception:
         return error
 
 
-def _start(program: Program, executable: Executable) -> tuple[Any, Callable[[Any], Any]]:
+def _step(program: Program, executable: Executable) -> Callable[[Any], Any]:
     inputs = jax.device_put(_inputs(program))
-    return None, lambda _: executable.run(*inputs)
+    return lambda _: executable.run(*inputs)

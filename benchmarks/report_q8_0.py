@@ -17,9 +17,7 @@ COLUMNS = {
     "variant": "call",
     "shape": "shape",
     "us": "us",
-    "kernel_us": "kernel us",
     "share": "share",
-    "kernel_share": "kernel's share",
     "bfloat16 dot": "jnp.dot / ours",
     "two of matmul": "two calls / ours",
     "matmul, then XLA": "unfused / ours",
@@ -28,8 +26,7 @@ COLUMNS = {
 }
 _NOTES = """One call of a jitted program that makes its calls in turn, on weights of their own, which together exceed the L2
 cache several times; bfloat16 activations. A share is of the bandwidth at which XLA adds up 4 GiB in the same run, by the
-bytes of the weight, and the kernel's share the same by the profiler's time. jnp.dot has a bfloat16 weight. A ratio is of
-times."""
+bytes of the weight. jnp.dot has a bfloat16 weight. A ratio is of times."""
 
 
 def section(records: dict[str, Row]) -> list[str]:
@@ -70,7 +67,5 @@ def _compared(records: dict[str, Row]) -> list[Row]:
             plain = found.get(dataclasses.replace(cell, operation="matmul", lanes=0), {}).get("matmul")
             if plain and cell.operation == "matmul_hc_expand":
                 row["matmul"] = mine["us"] / plain["us"]
-            if "kernel_us" in mine:
-                row["kernel_share"] = mine["share"] * mine["us"] / mine["kernel_us"]
             rows.append(row)
     return rows
