@@ -104,7 +104,7 @@ def tokens_blocks(x, blocks, start, end, IN: tl.constexpr, BN: tl.constexpr, COM
     """These blocks of BN tokens from start on, quantised. The last token stands for those past it, and if all blocks are
     whole the last block for those past it. Not a row's only block: ptxas 12.8 goes wrong where all threads read one."""
     PART: tl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth  # 16 bytes: a vector of a thread
-    WHOLE: tl.constexpr = IN % BLOCK == 0 and IN > BLOCK
+    WHOLE: tl.constexpr = BLOCK * (IN // BLOCK) == IN and IN > BLOCK
     if WHOLE:
         blocks = tl.minimum(blocks, IN // BLOCK - 1)
     inputs = blocks[:, None] * BLOCK + tl.arange(0, PART)[None, :]
@@ -129,7 +129,7 @@ def rows_blocks(scales, values, blocks, first, last, IN: tl.constexpr, R: tl.con
     rows = tl.minimum(first + tl.arange(0, R), last)
     near = blocks[:, None, None] * WORDS + tl.arange(0, 4)[None, None, :]
     at = values.to(tl.pointer_type(tl.int32)) + rows[None, :, None] * (IN // 4) + near
-    if IN % BLOCK == 0:
+    if BLOCK * (IN // BLOCK) == IN:
         low, high = tl.load(at), tl.load(at + 4)
     else:
         low = tl.load(at, mask=near < IN // 4, other=0)
