@@ -129,7 +129,7 @@ def write(values, x):
 
 def in_pairs(single, packed, *operands):
     """``single`` of each of a lane's numbers; ``packed`` of two neighbours at once, to the same bits, where the GPU that is
-    compiled for has instructions for that. The assembler makes one rounding of a packed product and sum, asked or not."""
+    compiled for has instructions for that. No sum may take a packed product: the assembler would fuse them."""
     if not os.environ.get("CUTE_DSL_ARCH", "").startswith("sm_100"):
         return [single(*numbers) for numbers in zip(*operands, strict=True)]
     pairs = zip(*(zip(x[::2], x[1::2], strict=True) for x in operands), strict=True)
