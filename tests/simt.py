@@ -102,6 +102,10 @@ def _fma(x: Number, y: Number, z: Number) -> Float32:
     return Float32(np.float64(x.value) * np.float64(y.value) + np.float64(z.value))
 
 
+def _packed(f: Callable[..., Float32]) -> Callable[..., tuple[Float32, ...]]:
+    return lambda *pairs: tuple(f(*numbers) for numbers in zip(*pairs, strict=True))
+
+
 # Arrays in memory.
 
 
@@ -381,6 +385,8 @@ def _modules() -> dict[str, Any]:
         shuffle_sync_bfly=lambda x, offset: _shuffle(x, _lane() ^ offset),
         exp2=_function(np.exp2),
         rcp_approx=_function(np.reciprocal),
+        mul_packed_f32x2=_packed(lambda x, y: x * y),
+        fma_packed_f32x2=_packed(_fma),
         fmin=lambda x, y: Float32(np.fmin(x.value, y.value)),
         mbarrier_init=_init,
         mbarrier_arrive=_arrive,

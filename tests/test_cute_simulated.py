@@ -131,6 +131,22 @@ def test_flush_does_not_read_what_was_not_accepted(tokens):
     assert_equal(*states)
 
 
+@pytest.mark.parametrize("state_dtype", ["bfloat16", "float32"])
+def test_numbers_taken_in_pairs_have_the_same_bits(monkeypatch, state_dtype):
+    """As decode and flush take them on Blackwell."""
+    case = dataclasses.replace(SMALL, batch=1, value_heads=1, tokens=2, state_dtype=state_dtype)
+    operands, spec, *_ = drawn_operands(case, "decode", SLOTS)
+    rng = np.random.default_rng(0)
+    u, k, g = rng.standard_normal((3, 1, 2, 1, 64), np.float32)
+    flushed = FlushOperands(u, k, -abs(g), operands.state, operands.state_indices, np.asarray([2], np.int32))
+
+    def results(arch):
+        monkeypatch.setenv("CUTE_DSL_ARCH", arch)
+        return decode_calls.decode(operands, Spec(**spec)), flush_calls.flush(flushed, FlushSpec(None))
+
+    assert_equal(results("sm_100a"), results("sm_90a"))
+
+
 def test_gate_parameters_of_each_row():
     """As they are once vmapped: [N, HV] and [N, HV, K], each on its own."""
     operands, spec, *_ = drawn_operands(SMALL, "decode", np.asarray([0, 1], np.int32))

@@ -31,6 +31,7 @@ from .token import (
     activated,
     exp,
     held,
+    in_pairs,
     in_pieces,
     loaded,
     log_decays,
@@ -254,7 +255,7 @@ def decode(
             for i in cutlass.range_constexpr(OWN):
                 words = [s[i, x, w] for w in range(SIDE_BY_SIDE)]
                 row = of_pairs(words) if STATE == "bfloat16" else words
-                row = [cute.math.fma(us[i], of_key[e], y * of_decay[e]) for e, y in enumerate(row)]
+                row = advanced(row, of_decay, us[i], of_key)
                 cute.autovec_copy(registers(words_of(row, STATE), word_of(STATE)), by_lane[after, line, i, x, column, None])
         cute.arch.fence_proxy("async.shared", space="cta")
         cute.arch.sync_warp()
@@ -270,6 +271,18 @@ def decode(
         if cutlass.const_expr(FORM == "decode_mtp"):
             for i in cutlass.range(TILE // WARP):
                 targets[(n * tokens + t) * value_heads * of_head + part, i * WARP + lane] = word_of(STATE)(0)
+
+
+def advanced(s, decay, u, key):
+    """A lane's numbers of a row."""
+
+    def single(s, d, u, k):
+        return cute.math.fma(u, k, s * d)
+
+    def packed(s, d, u, k):
+        return cute.arch.fma_packed_f32x2(u, k, cute.arch.mul_packed_f32x2(s, d))
+
+    return in_pairs(single, packed, s, decay, [u] * len(s), key)
 
 
 def word_of(STATE):

@@ -14,7 +14,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
 from cutlass.cute.nvgpu import cpasync
 
-from .token import TYPES, WARP, exp, from_lane, in_pieces, loaded, wide, within, write
+from .token import TYPES, WARP, exp, from_lane, fused, in_pieces, loaded, wide, within, write
 
 WARPS = 4  # of a program, which share its tokens
 ROWS = {"bfloat16": 16, "float32": 8}  # of a warp
@@ -74,8 +74,9 @@ def precede(added, after, u, k, g):
         after[e] = after[e] + log[e]
     for four in range(u.shape[0]):
         for i, x in enumerate(loaded(u[four, None])):
-            for e in range(len(key)):
-                added[four * 4 + i, e] = cute.math.fma(x, key[e], added[four * 4 + i, e])
+            row = [added[four * 4 + i, e] for e in range(len(key))]
+            for e, y in enumerate(fused([x] * len(key), key, row)):
+                added[four * 4 + i, e] = y
 
 
 @cute.kernel
@@ -153,4 +154,4 @@ def flush(
         cute.arch.mbarrier_wait(state_here + warp, 0)
         for i in cutlass.range_constexpr(OWN):
             row = loaded(raw[warp, i, lane, None])
-            write([cute.math.fma(x, decay[e], added[i, e]) for e, x in enumerate(row)], pool[slot, hv, tile, i, lane, None])
+            write(fused(row, decay, [added[i, e] for e in range(EACH)]), pool[slot, hv, tile, i, lane, None])

@@ -5,6 +5,8 @@ once: at every exchange a lane keeps half of the values and sends the other half
 and not 5 n. A value's sum has the same order whatever n is, so kernels of other tiles have the same bits.
 """
 
+import os
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint32
@@ -123,6 +125,19 @@ def write(values, x):
     for i, value in enumerate(values):
         own[i] = value.to(x.element_type)
     cute.autovec_copy(own, x)
+
+
+def in_pairs(single, packed, *operands):
+    """``single`` of each of a lane's numbers; ``packed`` of two neighbours at once, to the same bits, where the GPU that is
+    compiled for has instructions for that. No sum may take a packed product: the assembler would fuse them."""
+    if not os.environ.get("CUTE_DSL_ARCH", "").startswith("sm_100"):
+        return [single(*numbers) for numbers in zip(*operands, strict=True)]
+    pairs = zip(*(zip(x[::2], x[1::2], strict=True) for x in operands), strict=True)
+    return [x for pair in pairs for x in packed(*pair)]
+
+
+def fused(x, y, z):
+    return in_pairs(cute.math.fma, cute.arch.fma_packed_f32x2, x, y, z)
 
 
 def exp(x):
