@@ -276,6 +276,42 @@ def test_without_store_or_compiler_it_says_what_to_install(empty, no_compiler):
         lowered("9.0", call, call.draw(0, k_dim=128, dtype="bfloat16"))
 
 
+def test_without_any_store_one_reason_is_that_of_all_kernels(empty, no_compiler, monkeypatch):
+    monkeypatch.setenv("KDA_CUTE_CACHE", str(empty / "none"))
+    reasons = set()
+    for kernel in every_kernel(["sm_90a"]):
+        with pytest.raises(store.UnavailableError, match=r"^no CuTe kernel is compiled: pip install") as raised:
+            store.fetch(kernel)
+        reasons.add(str(raised.value))
+    assert len(reasons) == 1
+
+
+def test_forms_of_decode_are_there_together_or_not_at_all(empty, no_compiler):
+    """None must not take one of them from here and another from Triton, which has other bits."""
+    call = on_cute(DECODE)
+    arrays = call.draw(0, k_dim=128, dtype="bfloat16")
+    for form in decode.FORMS:
+        with pytest.raises(NotImplementedError, match=rf"FORM={form}\) for sm_90a is not compiled"):
+            lowered("9.0", call, arrays)
+        artifact.write(made(kernel=Kernel("decode", tuple((CHOICES | {"FORM": form}).items()), "sm_90a")), empty)
+    assert lowered("9.0", call, arrays).count("@CuteDSLRT_NvJaxCutlassCall_v2") == 1
+
+
+def test_a_compiler_that_fails_is_asked_once(empty, monkeypatch):
+    asked = []
+
+    def fail(kernels):
+        asked.extend(kernels)
+        raise compiler.CompilationError("of another version")
+
+    monkeypatch.setattr(store, "can_compile", lambda: True)
+    monkeypatch.setattr(compiler, "compile_all", fail)
+    for _ in range(2):
+        with pytest.raises(store.UnavailableError, match="of another version"):
+            store.fetch(KERNEL)
+    assert asked == [KERNEL]
+
+
 def test_what_is_missing_is_compiled_once_and_kept(empty, monkeypatch):
     pytest.importorskip("cutlass")
     found = store.fetch(KERNEL)
