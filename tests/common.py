@@ -158,17 +158,18 @@ def cute_is_missing() -> str | None:
     return None
 
 
-KERNELS = "triton_kernel_call_ffi", "mosaic_gpu_v2", runtime.TARGET
+TRITON = "triton_kernel_call_ffi"
+KERNELS = TRITON, "mosaic_gpu_v2", runtime.TARGET
 
 
 def compiled_text(function: Callable[..., Any], *args: Any, **options: Any) -> str:
     return jax.jit(function, **options).lower(*args).compile().as_text()
 
 
-def kernels(function: Callable[..., Any], *args: Any, **options: Any) -> int:
+def kernels(function: Callable[..., Any], *args: Any, targets: Sequence[str] = KERNELS, **options: Any) -> int:
     """How many kernels the compiled program calls."""
     text = compiled_text(function, *args, **options)
-    return sum(text.count(f'custom_call_target="{kernel}"') for kernel in KERNELS)
+    return sum(text.count(f'custom_call_target="{target}"') for target in targets)
 
 
 def at_kernel_dims(some: Sequence[Case]) -> list[Case]:
@@ -327,6 +328,11 @@ FLUSH = Call("flush", "kda_flush", kda.flush, _flush)
 WITH_TOKENS = (DECODE, DECODE_MTP, DECODE_MTP_PAGED, VERIFY)
 SERVING = (*WITH_TOKENS, FLUSH)
 CALLS = (CHUNK, CHUNK_PACKED, CHUNK_GRAD, *SERVING)
+
+
+def on_triton(call: Call) -> Call:
+    """The call by name."""
+    return dataclasses.replace(call, name=f"{call.name}-triton", run=partial(call.run, implementation="triton"))
 
 
 def on_cute(call: Call) -> Call:

@@ -33,7 +33,8 @@ def tokens(dim, *lead):
 
 
 def options(dim):
-    return {"gate": kda.Softplus(jnp.zeros(4), jnp.zeros((4, dim))), "qk_l2norm": True, "beta_sigmoid": True}
+    gate = kda.Softplus(jnp.zeros(4), jnp.zeros((4, dim)))
+    return {"gate": gate, "qk_l2norm": True, "beta_sigmoid": True, "implementation": "triton"}
 
 
 def calls(dim, pool_dtype, n=3):
@@ -51,7 +52,7 @@ def calls(dim, pool_dtype, n=3):
         return kda.Update(*(array(*lead, n, t, *size, dtype="float32") for size in sizes))
 
     def flush(call):
-        return lambda pool, update, counts, slots: call(pool, update, counts, state_indices=slots)
+        return lambda pool, update, counts, slots: call(pool, update, counts, state_indices=slots, implementation="triton")
 
     yield "decode", with_tokens(kda.decode), (pool, slots, *tokens(dim, n)), True
     yield "decode_mtp", with_tokens(kda.decode_mtp), (pool, slots, *tokens(dim, n, 4)), False

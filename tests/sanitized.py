@@ -38,6 +38,18 @@ def run(implementation: str, gate: str | None, state_dtype: str, dim: int) -> No
     assert_finite(outputs)
 
 
+def crowd(gate: str | None, state_dtype: str, count: int) -> None:
+    """verify of more heads than there are programs: what a program does with one head while the next is under way."""
+    case = cases.Case(
+        "crowd", batch=40, tokens=count, heads=16, value_heads=32, k_dim=64, v_dim=64, gate=gate, pool_size=40,
+        dtype="bfloat16", state_dtype=state_dtype,
+    )  # fmt: skip
+    drawn = cases.draw(case, layout="draft")
+    slots = np.where(np.arange(40) % 7 == 3, -1, np.arange(40)[::-1]).astype(np.int32)
+    options = drawn.options | {"implementation": "cute", "state_indices": jnp.asarray(slots)}
+    assert_finite(kda.verify(*map(jnp.asarray, (*drawn.arrays, drawn.state)), **options))
+
+
 def train(gate: str | None, dtype: str, k_dim: int, v_dim: int, offsets: tuple[int, ...] | None) -> None:
     """Both passes of chunk, with and without what the forward pass may save."""
     case = cases.Case(
@@ -65,6 +77,10 @@ def assert_finite(outputs) -> None:
 for gate, state_dtype, dim in (("softplus", "float32", 128), ("lower_bound", "bfloat16", 64), (None, "float32", 64)):
     for implementation in IMPLEMENTATIONS:
         run(implementation, gate, state_dtype, dim)
+if "cute" in IMPLEMENTATIONS:
+    for gate, state_dtype in (("lower_bound", "bfloat16"), (None, "float32")):  # whose kernels ran above
+        for count in (3, 9):  # there is one for few tokens, and one for many
+            crowd(gate, state_dtype, count)
 for gate, dtype, k_dim, v_dim, offsets in (
     ("softplus", "bfloat16", 128, 64, None),
     ("lower_bound", "bfloat16", 64, 128, (0, 0, 33, 97, 97)),

@@ -469,6 +469,7 @@ def call(
     operands: Sequence[Any],
     outputs: Sequence[Any],
     in_place: Mapping[int, int] | None = None,
+    together: Sequence[Mapping[str, Any]] = (),
 ) -> tuple[np.ndarray, ...]:
     """Stands in for ``kda_jax.cute.call.call``."""
     source = module(name)

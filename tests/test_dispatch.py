@@ -15,9 +15,8 @@ from kda_jax._operands import Unavailable
 from kda_jax.cute import verify
 from kda_jax.cute.call import ARCHITECTURES
 
-from .common import CHUNK, DECODE, FLAGS, FLUSH, SERVING, VERIFY, on_cute, over_calls
+from .common import CHUNK, DECODE, DECODE_MTP, DECODE_MTP_PAGED, FLAGS, SERVING, TRITON, VERIFY, on_cute, over_calls
 
-TRITON = "triton_kernel_call_ffi"
 ANYTHING = [jax.export.DisabledSafetyCheck.custom_call(name) for name in (TRITON, "mosaic_gpu_v2")]
 
 pytest.importorskip("jax_triton")
@@ -73,19 +72,31 @@ def test_on_cpu_it_is_xla_without_a_word(asked):
 @pytest.mark.parametrize(
     ("call", "changes", "capability", "expected"),
     [
-        (DECODE, {}, "9.0", "triton"),
+        *((call, {}, "9.0", "cute") for call in SERVING),
+        *((call, {"v_dim": 128}, "9.0", "triton") for call in SERVING),
+        *((call, {}, "10.0", "triton") for call in SERVING),  # where CuTe's kernels never ran
         (DECODE, {}, "8.0", "triton"),
+        (DECODE, {}, "12.0", "triton"),
         (DECODE, {}, "7.5", "xla"),
         (DECODE, {"k_dim": 32}, "9.0", "xla"),
-        (DECODE, {"state_dtype": "bfloat16"}, "9.0", "triton"),  # never pallas, whose bits are others
-        (VERIFY, {"tokens": 16}, "10.0", "triton"),
+        (DECODE, {"state_dtype": "bfloat16", "v_dim": 128}, "9.0", "triton"),  # never pallas, whose bits are others
+        (VERIFY, {"tokens": 16}, "9.0", "cute"),
         (VERIFY, {"tokens": 17}, "9.0", "xla"),
-        (FLUSH, {}, "9.0", "triton"),
     ],
+    ids=str,
 )
 def test_none_takes_the_best_that_serves(asked, call, changes, capability, expected):
     exported(call, call.draw(0, **{"k_dim": 64, "v_dim": 64} | changes), capability)
     assert asked == [expected]
+
+
+def test_decode_and_decode_mtp_take_the_same():
+    """Of None's rows: the states of one have the bits of the other."""
+    ranked = [
+        [(row.implementation, row.needs, row.unproven) for row in _dispatch._rows(call.primitive, None)]
+        for call in (DECODE, DECODE_MTP, DECODE_MTP_PAGED)
+    ]
+    assert ranked[0] == ranked[1] == ranked[2]
 
 
 @over_calls(*map(on_cute, SERVING))
@@ -97,6 +108,7 @@ def test_cute_serves_by_name(asked, call, capability):
 
 def test_cute_rows_need_what_the_kernels_do():
     assert _dispatch._CUTE.compute_capabilities == tuple(ARCHITECTURES)
+    assert set(_dispatch._UNPROVEN) < set(ARCHITECTURES)
     assert _dispatch._CUTE_VERIFY.max_tokens == verify.MAX_TOKENS
 
 
@@ -127,13 +139,13 @@ def test_both_passes_of_chunk_take_the_same(asked, changes, chunk_size, capabili
 
 
 def test_targets_are_part_of_the_cache_key(asked):
-    """One jitted function, exported for three targets."""
+    """One jitted function, exported for several targets."""
     run = jax.jit(lambda arrays: DECODE(arrays))
     arrays = DECODE.draw(0, k_dim=64, v_dim=64)
-    for capability in ("9.0", "7.0", "9.0"):
+    for capability in ("9.0", "8.0", "7.0", "9.0"):
         with kda.cuda_target(capability):
             jax.export.export(run, platforms=["cuda"])(arrays)
-    assert asked[:2] == ["triton", "xla"]
+    assert asked[:3] == ["cute", "triton", "xla"]
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="this machine's own GPU would be the target")
@@ -147,7 +159,7 @@ def test_a_program_for_several_platforms(asked):
     arrays = DECODE.draw(0, k_dim=64, v_dim=64)
     with kda.cuda_target("9.0"):
         program = jax.export.export(jax.jit(lambda arrays: DECODE(arrays)), platforms=["cpu", "cuda"])(arrays)
-    assert sorted(asked) == ["triton", "xla"]
+    assert sorted(asked) == ["cute", "xla"]
     assert jax.tree.map(jnp.shape, program.call(arrays)) == jax.tree.map(jnp.shape, DECODE(arrays))
 
 
@@ -231,29 +243,29 @@ def test_a_missing_package(asked, monkeypatch):
     _dispatch._warn_of_unavailable.cache_clear()
     arrays = DECODE.draw(0, k_dim=64, v_dim=64)
     with pytest.warns(UserWarning, match=r"jax_triton is missing: pip install 'kda-jax\[triton\]'"):
-        exported(DECODE, arrays)
-    exported(DECODE, arrays)  # and no second warning, which would be an error
+        exported(DECODE, arrays, "8.0")
+    exported(DECODE, arrays, "8.0")  # and no second warning, which would be an error
     assert asked == ["xla", "xla"]
-    with kda.cuda_target("9.0"), pytest.raises(NotImplementedError, match="jax_triton is missing"):
+    with kda.cuda_target("8.0"), pytest.raises(NotImplementedError, match="jax_triton is missing"):
         jax.export.export(jax.jit(forced("triton")), platforms=["cuda"])()
 
 
-def test_what_is_not_on_this_machine_is_passed_over(monkeypatch):
-    """By None, to the next row with one warning; a forced name passes on what to do about it."""
+def test_what_is_not_on_this_machine_is_passed_over(asked, monkeypatch):
+    """By None, to the next row with one warning a reason; a forced name passes on what to do about it."""
 
     def unavailable(operands, spec):
         raise Unavailable("it is not compiled: build a store")
 
-    monkeypatch.setattr("kda_jax.cute.decode.decode", unavailable)
-    rows = [row._replace(default=True) for row in _dispatch.TABLE if row.implementation in ("cute", "xla")]
-    monkeypatch.setattr(_dispatch, "TABLE", tuple(rows))
+    load = _dispatch._load
+    monkeypatch.setattr(_dispatch, "_load", lambda row: unavailable if row.implementation == "cute" else load(row))
     _dispatch._warn_of_unavailable.cache_clear()
-    arrays = DECODE.draw(0, k_dim=64, v_dim=64)
-    with pytest.warns(UserWarning, match="without its cute kernels.*not compiled: build a store") as warned:
-        text = exported(DECODE, arrays)
+    first, *others = SERVING
+    with pytest.warns(UserWarning, match="does without its cute kernels.*not compiled: build a store") as warned:
+        exported(first, first.draw(0, k_dim=64, v_dim=64))
     assert len(warned) == 1
-    assert "stablehlo.custom_call" not in text  # so it is xla
-    exported(DECODE, arrays)  # and no second warning, which would be an error
+    for call in others:  # and no second warning, which would be an error
+        exported(call, call.draw(0, k_dim=64, v_dim=64))
+    assert asked == ["triton"] * len(SERVING)
     with kda.cuda_target("9.0"), pytest.raises(NotImplementedError, match=r"'cute', which .* build a store$"):
         jax.export.export(jax.jit(forced("cute")), platforms=["cuda"])()
 

@@ -15,15 +15,17 @@ import numpy as np
 import pytest
 
 import kda_jax as kda
+from kda_jax import _target
+from kda_jax.cute import runtime
 from kda_jax.testing import cases, oracle, tolerance
 
 from .common import (
     DECODE,
-    DECODE_MTP,
     DECODE_MTP_PAGED,
     FLAGS,
     FLUSH,
     SERVING,
+    TRITON,
     VERIFY,
     assert_close,
     assert_equal,
@@ -32,6 +34,7 @@ from .common import (
     kernels,
     on_a_gpu,
     on_cute,
+    on_triton,
     rows,
     stack,
 )
@@ -55,9 +58,9 @@ def over(some):
     return pytest.mark.parametrize("case", at_kernel_dims(some), ids=str)
 
 
-def with_cute(calls, *others):
-    """Parameters of a test: each call by default and on CuTe, with every choice of the others."""
-    marked = [(call, ()) for call in calls] + [(on_cute(call), needs_cute) for call in calls]
+def on_both(calls, *others):
+    """Parameters of a test: each call on Triton and on CuTe, with every choice of the others."""
+    marked = [(on_triton(call), ()) for call in calls] + [(on_cute(call), needs_cute) for call in calls]
     return [pytest.param(call, *other, marks=marks) for call, marks in marked for other in itertools.product(*others)]
 
 
@@ -163,7 +166,7 @@ def test_decode_mtp_is_decode_token_by_token(gate, dtype, state_dtype, implement
 
 
 @pytest.mark.parametrize(
-    ("call", "state_dtype"), [*with_cute(SERVING, ("float32", "bfloat16")), (PALLAS, "bfloat16")], ids=str
+    ("call", "state_dtype"), [*on_both(SERVING, ("float32", "bfloat16")), (PALLAS, "bfloat16")], ids=str
 )
 def test_a_row_does_not_depend_on_the_others(call, state_dtype):
     """The same bits alone, among others, among padding, and again."""
@@ -186,7 +189,7 @@ def test_a_row_does_not_depend_on_the_others(call, state_dtype):
                     assert_equal(x[at], y[n])
 
 
-@pytest.mark.parametrize("call", [*with_cute(SERVING), PALLAS], ids=str)
+@pytest.mark.parametrize("call", [*on_both(SERVING), PALLAS], ids=str)
 def test_a_vmapped_call_is_one_launch(call):
     instances = [on_gpu(call, seed) for seed in range(3)]
     batched = stack(instances)
@@ -194,7 +197,7 @@ def test_a_vmapped_call_is_one_launch(call):
     assert_equal(jax.vmap(call)(batched), stack([call(arrays) for arrays in instances]))
 
 
-@pytest.mark.parametrize("call", [*with_cute([DECODE, DECODE_MTP_PAGED, FLUSH]), PALLAS], ids=str)
+@pytest.mark.parametrize("call", [*on_both([DECODE, DECODE_MTP_PAGED, FLUSH]), PALLAS], ids=str)
 @pytest.mark.parametrize("indices", [True, False], ids=["indices", "no-indices"])
 def test_a_donated_pool_is_updated_in_place(call, indices):
     """The same address afterwards, no room for a second pool, and no copy in the program."""
@@ -227,10 +230,11 @@ def test_flush_layers_is_one_launch_and_the_loop_over_layers(implementation):
     assert kernels(lambda *args: kda.flush_layers(*args, **shared), states, updates) == 1
 
 
-def test_counts_are_data():
+@by_name
+def test_counts_are_data(implementation):
     """One program for every number of accepted tokens; no accepted token leaves the pool bit for bit."""
-    arrays = on_gpu(FLUSH, tokens=4)
-    flush = jax.jit(kda.flush)
+    arrays = on_gpu(FLUSH, tokens=4, v_dim=128)
+    flush = jax.jit(functools.partial(kda.flush, implementation=implementation))
     for m in (0, 2, 4):
         out = flush(arrays["state"], arrays["update"], jnp.full(3, m), state_indices=arrays["state_indices"])
         assert (m == 0) == bool((out == arrays["state"]).all())
@@ -259,10 +263,33 @@ def test_walk_of_32768_tokens(gate, state_dtype, implementation):
     assert_close(o[-256:], reference[0, -256:], limits.output if state_dtype == "float32" else 3e-2)
 
 
-@pytest.mark.parametrize("call", [DECODE, DECODE_MTP, VERIFY], ids=str)
-def test_default_is_the_kernel_where_it_serves_and_xla_elsewhere(call):
-    assert kernels(call, on_gpu(call)) >= 1
+@pytest.mark.parametrize("call", SERVING, ids=str)
+def test_default_is_the_fastest_that_serves(call):
+    """CuTe's kernel on the GPUs that it is measured on, Triton's on others and for K != V, and xla elsewhere."""
+    measured = _target.compute_capability() == 90
+    if measured and CUTE_IS_MISSING is not None:
+        pytest.skip(CUTE_IS_MISSING)
+    square, oblong = on_gpu(call, v_dim=128), on_gpu(call)
+    best, target = (on_cute(call), runtime.TARGET) if measured else (on_triton(call), TRITON)
+    assert_equal(call(square), best(square))
+    assert kernels(call, square, targets=[target]) == kernels(call, square) >= 1
+    assert kernels(call, oblong, targets=[TRITON]) == kernels(call, oblong) >= 1
     assert kernels(call, on_gpu(call, k_dim=32)) == 0
+
+
+@needs_cute
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tokens", [3, 9])
+def test_verify_on_cute_of_several_heads_to_a_program(tokens, state_dtype):
+    """More heads than a GPU holds programs of verify at once, beside so few that each is alone in its program."""
+    call = on_cute(VERIFY)
+    changes = {"value_heads": 32, "dtype": "bfloat16", "state_dtype": state_dtype}
+    arrays = on_gpu(call, k_dim=64, tokens=tokens, batch=40, pool_size=50, **changes)
+    o, update = call(arrays)
+    shared = {"state", "gate"}
+    for n in range(0, 40, 4):
+        few = {name: x if name in shared else rows(x, slice(n, n + 4)) for name, x in arrays.items()}
+        assert_equal(call(few), rows((o, update), slice(n, n + 4)))
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])

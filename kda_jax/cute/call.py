@@ -29,12 +29,19 @@ def call(
     operands: Sequence[Any],
     outputs: Sequence[jax.ShapeDtypeStruct],
     in_place: Mapping[int, int] | None = None,
+    together: Sequence[Mapping[str, Any]] = (),
 ) -> tuple[jax.Array, ...]:
-    """Runs the kernel of these choices for the target; ``in_place`` maps operands to the outputs that take their place."""
-    capability = _target.compute_capability()
-    artifact = store.fetch(Kernel(name, tuple(choices.items()), ARCHITECTURES[capability]))
+    """Runs the kernel of these choices for the target; ``in_place`` maps operands to the outputs that take their place.
+
+    Where nothing can be compiled, the kernels of the choices ``together`` must be in the store too.
+    """
     if jax.default_backend() == "gpu":  # a program for export is run elsewhere
         runtime.register()
+    architecture = ARCHITECTURES[_target.compute_capability()]
+    if not store.can_compile():
+        for others in together:
+            store.fetch(Kernel(name, tuple(others.items()), architecture))
+    artifact = store.fetch(Kernel(name, tuple(choices.items()), architecture))
     made = jax.ffi.ffi_call(runtime.TARGET, tuple(outputs), input_output_aliases=dict(in_place or {}))
     return tuple(made(*operands, module=artifact.module, key=artifact.key))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -26,10 +26,8 @@ def decode(args: PoolOperands, spec: Spec) -> tuple[jax.Array, ...]:
 
 
 def decode_mtp(args: PoolOperands, spec: Spec) -> tuple[jax.Array, ...]:
-    choices, operands = _given("decode_mtp", args, spec)
-    like = jax.ShapeDtypeStruct((*args.v.shape[:2], *args.state.shape[1:]), args.state.dtype)
-    o, states = call(KERNEL, choices, operands, (token_output(args, choices), like))
-    return o.astype(args.v.dtype), states
+    shape = *args.v.shape[:2], *args.state.shape[1:]
+    return _call("decode_mtp", args, spec, jax.ShapeDtypeStruct(shape, args.state.dtype))
 
 
 def decode_mtp_paged(args: PagedOperands, spec: Spec) -> tuple[jax.Array, ...]:
@@ -37,13 +35,21 @@ def decode_mtp_paged(args: PagedOperands, spec: Spec) -> tuple[jax.Array, ...]:
 
 
 def _in_pool(form: str, args: PoolOperands | PagedOperands, spec: Spec, *others: Any) -> tuple[jax.Array, ...]:
-    choices, operands = _given(form, args, spec)
-    state = jax.ShapeDtypeStruct(args.state.shape, args.state.dtype)
-    in_place = {PoolOperands._fields.index("state"): 1}
-    o, pool = call(KERNEL, choices, [*operands, *others], (token_output(args, choices), state), in_place)
-    return o.astype(args.v.dtype), pool
+    pool = jax.ShapeDtypeStruct(args.state.shape, args.state.dtype)
+    return _call(form, args, spec, pool, others, {PoolOperands._fields.index("state"): 1})
 
 
-def _given(form: str, args: PoolOperands | PagedOperands, spec: Spec) -> tuple[dict[str, Any], list[Any]]:
+def _call(
+    form: str,
+    args: PoolOperands | PagedOperands,
+    spec: Spec,
+    states: jax.ShapeDtypeStruct,
+    others: tuple[Any, ...] = (),
+    in_place: Mapping[int, int] | None = None,
+) -> tuple[jax.Array, ...]:
     choices, operands = token_operands(args, spec)
-    return choices | {"FORM": form}, operands
+    # All forms have the same bits, which are not those of another implementation: all are taken from here or none.
+    forms = [choices | {"FORM": each} for each in FORMS]
+    outputs = token_output(args, choices), states
+    o, written = call(KERNEL, choices | {"FORM": form}, [*operands, *others], outputs, in_place, forms)
+    return o.astype(args.v.dtype), written

@@ -20,7 +20,7 @@ PACKAGED = pathlib.Path(__file__).with_name("store")
 
 
 class UnavailableError(Unavailable):
-    """A kernel that is not compiled, on a machine that cannot compile it."""
+    """A kernel that is not compiled, on a machine that has no compiler for it or one that fails."""
 
 
 def cache_folder() -> pathlib.Path:
@@ -43,13 +43,17 @@ def fetch(kernel: Kernel) -> Artifact:
     """The kernel, compiled before or now.
 
     Raises:
-      UnavailableError: it is in no store, or only damaged, and nvidia-cutlass-dsl is not installed.
+      UnavailableError: it is in no store, or only damaged, and nvidia-cutlass-dsl is not installed or fails.
     """
-    return _fetch(kernel, tuple(folders()))
+    found = _fetch(kernel, tuple(folders()))
+    if isinstance(found, str):
+        raise UnavailableError(found)
+    return found
 
 
 @functools.cache
-def _fetch(kernel: Kernel, where: tuple[pathlib.Path, ...]) -> Artifact:
+def _fetch(kernel: Kernel, where: tuple[pathlib.Path, ...]) -> Artifact | str:
+    """The kernel, or what a compiler said that failed, which is not asked again for every call."""
     damaged: list[str] = []
     for folder in where:
         try:
@@ -59,15 +63,20 @@ def _fetch(kernel: Kernel, where: tuple[pathlib.Path, ...]) -> Artifact:
             damaged.append(str(error))
     if not can_compile():
         seen = f" ({'; '.join(damaged)})" if damaged else ""
+        # One reason for all kernels, so one warning, where there is no store at all.
+        what = f"{kernel} is not" if any(folder.is_dir() for folder in where) else "no CuTe kernel is"
         raise UnavailableError(
-            f"{kernel} is not compiled{seen}: pip install 'kda-jax[cute]', or build a store elsewhere with "
+            f"{what} compiled{seen}: pip install 'kda-jax[cute]', or build a store elsewhere with "
             f"python -m kda_jax.cute build --arch {kernel.arch}, and name its folder in KDA_CUTE_STORE"
         )
     for reason in damaged:
         warnings.warn(f"compiling anew: {reason}", stacklevel=2)
     from kda_jax.cute import compiler
 
-    (made,) = compiler.compile_all([kernel])
+    try:
+        (made,) = compiler.compile_all([kernel])
+    except compiler.CompilationError as error:
+        return str(error)
     try:
         artifact.write(made, where[-1])
     except OSError as error:  # it serves this process all the same
