@@ -397,7 +397,7 @@ def _modules() -> dict[str, Any]:
         setattr(arch, name, _nothing)
     for name in ("cp_async_bulk_commit_group", "cp_async_bulk_wait_group"):
         setattr(arch, name, _nothing)
-    cpasync = space(CopyBulkG2SOp=lambda: "load", CopyBulkS2GOp=lambda: "store", CopyG2SOp=lambda mode: "load by its thread")
+    cpasync = space(CopyBulkG2SOp=lambda: "load", CopyBulkS2GOp=lambda: "store", CopyG2SOp=lambda: "load by its thread")
     cpasync.LoadCacheMode = space(GLOBAL=None)
     warp = space(MmaTF32Op=lambda shape: "tf32", MmaF16BF16Op=lambda dtype, sums, shape: "bf16")
     nvgpu = space(cpasync=cpasync, warp=warp, LoadCacheMode=cpasync.LoadCacheMode)

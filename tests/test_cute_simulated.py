@@ -30,8 +30,8 @@ def simulated(monkeypatch):
         monkeypatch.setattr(caller, "call", simt.call)
 
 
-def variants(**changes):
-    """The options and dtypes, each at least once, on a small shape."""
+def variants(*names, **changes):
+    """The options and dtypes, each at least once, on a small shape; or those of some names."""
     some = {
         "softplus": {},
         "lower-bound": {"gate": "lower_bound", "state_dtype": "bfloat16"},
@@ -40,8 +40,9 @@ def variants(**changes):
         "128": {"k_dim": 128, "v_dim": 128, "batch": 1, "gate": "lower_bound"},
         "128-bf16": {"k_dim": 128, "v_dim": 128, "batch": 1, "value_heads": 3, "state_dtype": "bfloat16"},
         "g-minus-200": {"gate": None, "g_value": -200.0, "batch": 1},
+        "g-zero": {"gate": None, "g_value": 0.0, "batch": 1},
     }
-    made = [dataclasses.replace(SMALL, name=name, **(changes | options)) for name, options in some.items()]
+    made = [dataclasses.replace(SMALL, name=name, **(changes | some[name])) for name in names or some]
     return pytest.mark.parametrize("case", made, ids=str)
 
 
@@ -94,6 +95,11 @@ def check_verify_and_flush(case, slots=SLOTS):
 @variants(tokens=3)
 def test_verify_and_flush(case):
     check_verify_and_flush(case)
+
+
+@variants("neg-eigval", "128-bf16", "g-minus-200", "g-zero", tokens=13)
+def test_verify_and_flush_of_two_eights(case):
+    check_verify_and_flush(dataclasses.replace(case, batch=1))
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 9, 16])
@@ -160,7 +166,7 @@ def test_gate_parameters_of_each_row():
 
 def test_threads_that_wait_for_ever_are_found(monkeypatch):
     """So that a kernel that hangs a GPU fails here."""
-    monkeypatch.setattr(simt.module("draft"), "SOLVE_DONE", 9)  # a barrier at which nobody waits
+    monkeypatch.setattr(simt.module("draft"), "SOLVE_DONE", 14)  # a barrier at which nobody waits
     operands, spec, *_ = drawn_operands(SMALL, "draft", SLOTS)
     with pytest.raises(AssertionError, match="wait for ever"):
         verify_calls.verify(operands, VerifySpec(**spec, with_update=False))

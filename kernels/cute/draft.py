@@ -1,10 +1,10 @@
 """What verify needs of a draft's tokens alone: what they read from the state, and the [T, T] matrices between them.
 
-A few warps do it, each some of the channels; a lane has a few neighbouring ones. It goes through the tokens once, in order,
-with everything in registers: the decay from the state to a token, and each earlier key with the decay from its token, as
-running products, so that no exponent is positive. The T (T + 2) dots of queries and keys are summed over the warp's lanes
-many at once. Queries and keys are those given: what normalises and scales them is a number a token, and multiplies what
-comes of them.
+Here for up to eight tokens, in draft_long.py for more. One or two warps do it, each some of the channels; a lane has two
+neighbouring ones. It goes through the tokens once, in order, with everything in registers: the decay from the state to a
+token, and each earlier key with the decay from its token, as running products, so that no exponent is positive. The
+T (T + 2) dots of queries and keys are summed over the warp's lanes many at once. Queries and keys are those given: what
+normalises and scales them is a number a token, and multiplies what comes of them.
 """
 
 import cutlass
@@ -37,8 +37,9 @@ from .token import (
     write,
 )
 
-EIGHT = 8  # tokens of a product
+EIGHT = 8  # tokens at most, and of a product
 AT_MOST = 16  # dots that are summed at once
+MULTIPROCESSORS = 132  # of an H200
 # Barriers, but for the first each of two heads: what is written of a head's tokens, and read.
 DOTS_DONE, READ_DONE, SOLVE_DONE, FREE = 1, 2, 4, 6
 
@@ -79,15 +80,14 @@ def drafts(
     slots: cute.Tensor, options: cute.Tensor, g_out: cute.Tensor, reads: cute.Tensor, dots: cute.Tensor, solved: cute.Tensor,
     factors: cute.Tensor, n, hv, step_n, step_hv, inverse, way, lane, pool,
     K: cutlass.Constexpr, GATE: cutlass.Constexpr, UPDATE: cutlass.Constexpr, WARPS: cutlass.Constexpr,
-    TOKENS: cutlass.Constexpr,
 ):  # fmt: skip
     """What a warp of tokens does: its channels of each of the program's heads; and every so many heads the matrices."""
     n_rows, tokens, value_heads, WAYS = q.shape[0], q.shape[1], g.shape[2], ways_of(K)
     each = K // WARP // WAYS
     words = each * q.element_type.width // 32
-    raw = cute.make_rmem_tensor(cute.make_layout((TOKENS, 3, words), stride=(3 * words, words, 1)), in_words(q).element_type)
+    raw = cute.make_rmem_tensor(cute.make_layout((EIGHT, 3, words), stride=(3 * words, words, 1)), in_words(q).element_type)
     gate = cute.make_rmem_tensor(cute.make_layout(1 + each), Float32)  # A_log, dt_bias
-    request_tokens(q, k, g, A_log, dt_bias, raw, gate, n, hv, inverse, way, lane, K, TOKENS)
+    request_tokens(q, k, g, A_log, dt_bias, raw, gate, n, hv, inverse, way, lane, K)
     chosen = numbers_of(options)
     turn = Int32(0)
     while n < n_rows:
@@ -100,20 +100,23 @@ def drafts(
             _, live = slot_of(slots, pool, n)
             lanes = by_lane(g_out, (n_rows, tokens, value_heads, WAYS), K // WAYS)
             g_out_lanes = lanes[n, None, hv, way, lane, None]
-        to = reads[buffer, None, None, None, None]
-        prepare(raw, gate, chosen, tokens, lane, to, dots[buffer, way, None], g_out_lanes, live, GATE, TOKENS)
+        to = reads[buffer, None, None, None]
+        prepare(raw, gate, chosen, tokens, lane, to, dots[buffer, way, None], g_out_lanes, live, GATE)
+        # Now: to wait for it once the next tokens are requested would be to wait for them too.
+        if (turn % WAYS == way) & (lane < EIGHT):
+            factors[buffer, 2, lane] = of_beta(b_beta.to(Float32), chosen)
         cute.arch.barrier_arrive(barrier_id=READ_DONE + buffer, number_of_threads=(WARPS + WAYS) * WARP)
         n, hv = after(n, hv, step_n, step_hv, value_heads)
         if n < n_rows:
-            request_tokens(q, k, g, A_log, dt_bias, raw, gate, n, hv, inverse, way, lane, K, TOKENS)
+            request_tokens(q, k, g, A_log, dt_bias, raw, gate, n, hv, inverse, way, lane, K)
         if cutlass.const_expr(WAYS > 1):
             cute.arch.barrier(barrier_id=DOTS_DONE, number_of_threads=WAYS * WARP)
         else:
             cute.arch.sync_warp()
         if turn % WAYS == way:
             solve(
-                dots[buffer, None, None], b_beta.to(Float32), chosen, tokens, lane,
-                solved[buffer, None, None, None, None, None], factors[buffer, None, None], TOKENS,
+                dots[buffer, None, None], chosen, tokens, lane, solved[buffer, None, None, None, None],
+                factors[buffer, None, None],
             )  # fmt: skip
             cute.arch.barrier_arrive(barrier_id=SOLVE_DONE + buffer, number_of_threads=(WARPS + 1) * WARP)
         turn = turn + 1
@@ -122,7 +125,7 @@ def drafts(
 @cute.jit
 def request_tokens(
     q: cute.Tensor, k: cute.Tensor, g: cute.Tensor, A_log: cute.Tensor, dt_bias: cute.Tensor, raw: cute.Tensor,
-    gate: cute.Tensor, n, hv, inverse, way, lane, K: cutlass.Constexpr, TOKENS: cutlass.Constexpr,
+    gate: cute.Tensor, n, hv, inverse, way, lane, K: cutlass.Constexpr,
 ):  # fmt: skip
     """A lane's channels of a row's tokens and of its gate's parameters, into registers."""
     n_rows, tokens, heads, value_heads, WAYS = q.shape[0], q.shape[1], q.shape[2], g.shape[2], ways_of(K)
@@ -139,7 +142,7 @@ def request_tokens(
     given = loaded(bias[cutlass.min(n, dt_bias.shape[0] - 1), hv, way, lane, None])
     for e, x in enumerate(given):
         gate[1 + e] = x
-    for first in cutlass.range_constexpr(0, TOKENS, 2):
+    for first in cutlass.range_constexpr(0, EIGHT, 2):
         if first < tokens:
             for t in cutlass.range_constexpr(first, first + 2):
                 for i, x in enumerate(lanes):
@@ -148,14 +151,14 @@ def request_tokens(
 
 @cute.jit
 def prepare(raw: cute.Tensor, gate: cute.Tensor, options, tokens, lane, reads: cute.Tensor, dots: cute.Tensor, g_out,
-            live, GATE: cutlass.Constexpr, TOKENS: cutlass.Constexpr):  # fmt: skip
+            live, GATE: cutlass.Constexpr):  # fmt: skip
     """A warp's part: of ``raw`` [T, 3, channels] q, k and g of a lane, writes ``reads`` and sums of ``dots``."""
     each = cute.size(gate) - 1
     rate, *bias = held(gate)
     from_state = cute.make_rmem_tensor(cute.make_layout(each), Float32)
-    keys = cute.make_rmem_tensor(cute.make_layout((TOKENS, each), stride=(each, 1)), Float32)
+    keys = cute.make_rmem_tensor(cute.make_layout((EIGHT, each), stride=(each, 1)), Float32)
     from_state.fill(1.0)
-    for first in cutlass.range_constexpr(0, TOKENS, 2):
+    for first in cutlass.range_constexpr(0, EIGHT, 2):
         if first < tokens:
             links, own, at = [], [], count(first)
             for t in cutlass.range_constexpr(first, first + 2):
@@ -168,7 +171,7 @@ def prepare(raw: cute.Tensor, gate: cute.Tensor, options, tokens, lane, reads: c
                 write([x * y for x, y in zip(held(from_state), decay, strict=True)], from_state)
                 read = [x * from_state[e] for token in (k, q) for e, x in enumerate(token)]
                 for part, some in enumerate(halves(read, BFloat16)):
-                    cute.autovec_copy(some, reads[part, t // EIGHT, t % EIGHT, None])
+                    cute.autovec_copy(some, reads[part, t, None])
                 for i in cutlass.range_constexpr(t):
                     key = [x * y for x, y in zip(held(keys[i, None]), decay, strict=True)]
                     write(key, keys[i, None])
@@ -204,8 +207,7 @@ def store_some(value, lane, dots: cute.Tensor, first, at_once: cutlass.Constexpr
 
 
 @cute.jit
-def solve(dots: cute.Tensor, beta, options, tokens, lane, solved: cute.Tensor, factors: cute.Tensor,
-          TOKENS: cutlass.Constexpr):  # fmt: skip
+def solve(dots: cute.Tensor, options, tokens, lane, solved: cute.Tensor, factors: cute.Tensor):
     """The [T, T] matrices that turn v - S k into u and into what u adds to the outputs; the tokens' factors of S k and S q.
 
     u_t = beta_t (x_t - sum_i<t k_t.k_i u_i), x a unit vector in each lane: its column. Zero beyond the tokens.
@@ -213,24 +215,20 @@ def solve(dots: cute.Tensor, beta, options, tokens, lane, solved: cute.Tensor, f
     even = (tokens + 1) // 2 * 2
     for part in cutlass.range(count(even) // WARP + 1, unroll=1):
         at = part * WARP + lane
-        if at < count(TOKENS):
+        if at < count(EIGHT):
             found = dots[0, at]
             for way in cutlass.range_constexpr(1, dots.shape[0]):
                 found = found + dots[way, at]
             dots[0, at] = found
     cute.arch.sync_warp()
-    if lane < TOKENS:
+    if lane < EIGHT:
         at = own_at(lane)
-        normed = options[L2NORM] != 0.0
-        of_q = select(normed, cute.math.rsqrt(dots[0, at] + options[L2NORM_EPS]), Float32(1.0)) * options[SCALE]
-        of_k = select(normed, cute.math.rsqrt(dots[0, at + 1] + options[L2NORM_EPS]), Float32(1.0))
-        factors[0, lane] = of_k
-        factors[1, lane] = of_q
-        factors[2, lane] = select(options[SIGMOID] != 0.0, options[BETA_RANGE] * sigmoid(beta), beta)
+        factors[0, lane] = of_norm(dots[0, at + 1], options)
+        factors[1, lane] = of_norm(dots[0, at], options) * options[SCALE]
     cute.arch.sync_warp()
-    if lane < TOKENS:
+    if lane < EIGHT:
         keys = []  # what u has of them, each with its key's factor
-        for t in cutlass.range_constexpr(TOKENS):
+        for t in cutlass.range_constexpr(EIGHT):
             own, added, key = Float32(0.0), Float32(0.0), Float32(0.0)
             if t < tokens:
                 of_k, of_q, b_beta = (factors[x, t] for x in range(3))
@@ -241,7 +239,16 @@ def solve(dots: cute.Tensor, beta, options, tokens, lane, solved: cute.Tensor, f
                 key = of_k * own
                 added = of_q * (added + dots[0, own_at(t) + 2] * key)
             keys.append(key)
-            write([own, added], solved[lane // EIGHT, t, lane % 4, lane % EIGHT // 4, None])
+            write([own, added], solved[t, lane % 4, lane // 4, None])
+
+
+def of_norm(squares, options):
+    """What a key or query is multiplied by for its norm."""
+    return select(options[L2NORM] != 0.0, cute.math.rsqrt(squares + options[L2NORM_EPS]), Float32(1.0))
+
+
+def of_beta(beta, options):
+    return select(options[SIGMOID] != 0.0, options[BETA_RANGE] * sigmoid(beta), beta)
 
 
 @cute.jit

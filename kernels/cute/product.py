@@ -7,6 +7,12 @@ column i, and in the sums rows i and i + 8 of columns 2 j and 2 j + 1.
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, TFloat32, Uint32
 
+from .token import TYPES, held
+
+STEP = 16  # channels that an instruction sums over
+# Numbers in shared memory so that lanes meet in few banks: from one step's left factors of eight tokens to the next's, and
+READ = 2 * STEP * 8 + 32
+MISSING = 2 * 8 + 8  # from a token's v - S k of 16 rows to the next one's
 KEPT = {BFloat16: 8, TFloat32: 11}  # bits of a number, the leading one included
 
 
@@ -61,3 +67,22 @@ def add(product, to, lefts, rights):
     for left, right in ((0, 0), (0, 1), (1, 0)):
         if left < len(lefts) and right < len(rights):
             cute.mma_atom_call(product, to, lefts[left], rights[right], to)
+
+
+@cute.jit
+def request_state(part, to, arrived, lane):
+    """A warp's part, when all its lanes are done with what is there."""
+    cute.arch.sync_warp()
+    if lane == 0:
+        bits = cute.size(to) * to.element_type.width
+        load = cute.make_copy_atom(cute.nvgpu.cpasync.CopyBulkG2SOp(), to.element_type, num_bits_per_copy=bits)
+        cute.arch.mbarrier_arrive_and_expect_tx(arrived, bits // 8)
+        cute.copy(load, part, to, mbar_ptr=arrived)
+
+
+def factors(mine, STEPS, STATE):
+    """A lane's numbers of a row of the state, of each step, as right factors."""
+    own = cute.make_rmem_tensor(cute.make_layout((STEPS, 4), stride=(4, 1)), TYPES[STATE])
+    cute.autovec_copy(mine, cute.make_tensor(own.iterator, cute.make_layout(4 * STEPS)))
+    steps = [own[s, None] for s in range(STEPS)]
+    return [halves(held(x), BFloat16) if STATE == "float32" else [x] for x in steps]
