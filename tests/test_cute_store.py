@@ -38,8 +38,9 @@ def of_decode(choices):
 def of_verify(choices):
     """Its kernel for many tokens, which has more of everything."""
     source = pytest.importorskip("kda_jax.kernels.cute.verify")
-    many, given = max(source.TOKENS), [choices[name] for name in ("K", "V", "STATE", "TOKEN")]
-    return sum(source.warps_of(*given[1:3], many)) * 32, source.at_once(*given, many)
+    source = source.verify_long
+    K, V, STATE, TOKEN = (choices[name] for name in ("K", "V", "STATE", "TOKEN"))
+    return sum(source.warps_of(V, STATE)) * 32, source.at_once(K, V, STATE, TOKEN)
 
 
 # The threads of a program, and the programs that are to share a multiprocessor.
@@ -146,10 +147,11 @@ def test_verify_multiplies_on_tensor_cores(built, tmp_path, state_dtype, arch):
     source = pytest.importorskip("kda_jax.kernels.cute.verify")
     choices = CHOICES | {"STATE": state_dtype, "UPDATE": False}
     counts = instructions(Kernel("verify", tuple(choices.items()), arch), built, tmp_path)
-    of_few, of_many = ((source.TILES[state_dtype, most]) for most in source.TOKENS)  # eights of rows of a warp
+    of_few, of_many = source.TILES[state_dtype], source.verify_long.TILES  # eights of rows of a warp
     halves = {"float32": 3, "bfloat16": 2}[state_dtype]
-    assert counts["HMMA.16816.F32.BF16"] == 128 // 16 * halves * (of_few + 2 * of_many)
-    assert counts["HMMA.1688.F32.TF32"] == 3 * (of_few + 3 * of_many)
+    # Of more than 8 tokens the later ones are also multiplied with the earlier keys, three products of halves.
+    assert counts["HMMA.16816.F32.BF16"] == 128 // 16 * (halves * (of_few + 2 * of_many) + 3)
+    assert counts["HMMA.1688.F32.TF32"] == 3 * (of_few + 3 * of_many + 1)
     assert counts["UBLKCP.S.G"] == 2 * 2  # of two kernels, the first head's state and each next one's
     # No conversion of a single number: those are slow.
     assert not any(name.startswith("F2F.") for name in counts)
