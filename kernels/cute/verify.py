@@ -46,10 +46,10 @@ def operands(K, V, STATE, GATE, TOKEN, UPDATE):
     return inputs, [o, *update], {}
 
 
-def at_once(K, STATE, TOKEN, GATE):
+def at_once(K, STATE, TOKEN):
     """Programs on a multiprocessor, as many as have the registers that they need."""
     if K == 64:
-        return 4 if STATE == "bfloat16" else 3
+        return 4 if STATE == "bfloat16" else 3 - (TOKEN == "float32")
     return (3 if STATE == "bfloat16" else 2) - (TOKEN == "float32")
 
 
@@ -77,7 +77,7 @@ def launch(
     inverse = ((Int64(1) << 32) + group - 1) // group
     heads = v.shape[0] * value_heads
     if v.shape[1] <= EIGHT:
-        programs = at_once(K, STATE, TOKEN, GATE)
+        programs = at_once(K, STATE, TOKEN)
         kernel = verify(*arrays, group, inverse, K, V, STATE, GATE, UPDATE)
         enqueue(stream, kernel, programs, heads, V // (TILES[STATE] * EIGHT) + ways_of(K))
     else:
