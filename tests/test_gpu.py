@@ -292,15 +292,21 @@ def test_verify_on_cute_of_several_heads_to_a_program(tokens, state_dtype):
         assert_equal(call(few), rows((o, update), slice(n, n + 4)))
 
 
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-def test_sanitizer_finds_nothing(tool):
+HAZARDS = pytest.mark.xfail(reason="racecheck reports hazards between warps that named barriers order; not explained yet")
+
+
+@pytest.mark.parametrize(
+    ("tool", "kernels"),
+    [("memcheck", []), ("racecheck", []), ("memcheck", ["long"]), pytest.param("racecheck", ["long"], marks=HAZARDS)],
+)
+def test_sanitizer_finds_nothing(tool, kernels):
     """compute-sanitizer over a small case of each kernel; every buffer its own allocation, so that its ends are known."""
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not installed")
     script = pathlib.Path(__file__).with_name("sanitized.py")
     settings = {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform", "XLA_FLAGS": "--xla_gpu_enable_command_buffer="}
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, str(script)]
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, str(script), *kernels]
     done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=500)
     said = done.stdout + done.stderr
     assert done.returncode == 0, said[-3000:]

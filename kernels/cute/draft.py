@@ -102,9 +102,6 @@ def drafts(
             g_out_lanes = lanes[n, None, hv, way, lane, None]
         to = reads[buffer, None, None, None]
         prepare(raw, gate, chosen, tokens, lane, to, dots[buffer, way, None], g_out_lanes, live, GATE)
-        # Now: to wait for it once the next tokens are requested would be to wait for them too.
-        if (turn % WAYS == way) & (lane < EIGHT):
-            factors[buffer, 2, lane] = of_beta(b_beta.to(Float32), chosen)
         cute.arch.barrier_arrive(barrier_id=READ_DONE + buffer, number_of_threads=(WARPS + WAYS) * WARP)
         n, hv = after(n, hv, step_n, step_hv, value_heads)
         if n < n_rows:
@@ -115,8 +112,8 @@ def drafts(
             cute.arch.sync_warp()
         if turn % WAYS == way:
             solve(
-                dots[buffer, None, None], chosen, tokens, lane, solved[buffer, None, None, None, None],
-                factors[buffer, None, None],
+                dots[buffer, None, None], b_beta.to(Float32), chosen, tokens, lane,
+                solved[buffer, None, None, None, None], factors[buffer, None, None],
             )  # fmt: skip
             cute.arch.barrier_arrive(barrier_id=SOLVE_DONE + buffer, number_of_threads=(WARPS + 1) * WARP)
         turn = turn + 1
@@ -207,7 +204,7 @@ def store_some(value, lane, dots: cute.Tensor, first, at_once: cutlass.Constexpr
 
 
 @cute.jit
-def solve(dots: cute.Tensor, options, tokens, lane, solved: cute.Tensor, factors: cute.Tensor):
+def solve(dots: cute.Tensor, beta, options, tokens, lane, solved: cute.Tensor, factors: cute.Tensor):
     """The [T, T] matrices that turn v - S k into u and into what u adds to the outputs; the tokens' factors of S k and S q.
 
     u_t = beta_t (x_t - sum_i<t k_t.k_i u_i), x a unit vector in each lane: its column. Zero beyond the tokens.
@@ -223,8 +220,7 @@ def solve(dots: cute.Tensor, options, tokens, lane, solved: cute.Tensor, factors
     cute.arch.sync_warp()
     if lane < EIGHT:
         at = own_at(lane)
-        factors[0, lane] = of_norm(dots[0, at + 1], options)
-        factors[1, lane] = of_norm(dots[0, at], options) * options[SCALE]
+        write_factors(dots[0, at], dots[0, at + 1], beta, options, factors, lane)
     cute.arch.sync_warp()
     if lane < EIGHT:
         keys = []  # what u has of them, each with its key's factor
@@ -242,13 +238,14 @@ def solve(dots: cute.Tensor, options, tokens, lane, solved: cute.Tensor, factors
             write([own, added], solved[t, lane % 4, lane // 4, None])
 
 
-def of_norm(squares, options):
-    """What a key or query is multiplied by for its norm."""
-    return select(options[L2NORM] != 0.0, cute.math.rsqrt(squares + options[L2NORM_EPS]), Float32(1.0))
-
-
-def of_beta(beta, options):
-    return select(options[SIGMOID] != 0.0, options[BETA_RANGE] * sigmoid(beta), beta)
+def write_factors(qq, kk, beta, options, factors, t):
+    """What S k, S q and v - S k of token ``t`` are multiplied by."""
+    normed = options[L2NORM] != 0.0
+    of_q = select(normed, cute.math.rsqrt(qq + options[L2NORM_EPS]), Float32(1.0)) * options[SCALE]
+    of_k = select(normed, cute.math.rsqrt(kk + options[L2NORM_EPS]), Float32(1.0))
+    factors[0, t] = of_k
+    factors[1, t] = of_q
+    factors[2, t] = select(options[SIGMOID] != 0.0, options[BETA_RANGE] * sigmoid(beta), beta)
 
 
 @cute.jit

@@ -15,10 +15,9 @@ import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, TFloat32, Uint32
 from cutlass.cute.nvgpu import cpasync
 
-from .draft import EIGHT, after, count, link_at, of_beta, of_norm, own_at, store_full, store_sums
+from .draft import EIGHT, after, count, link_at, own_at, store_full, store_sums, write_factors
 from .product import add, atom, halves, zeros
 from .token import (
-    SCALE,
     TYPES,
     WARP,
     by_lane,
@@ -149,12 +148,12 @@ def drafts(
             cute.autovec_copy(passed, kept.passed[team, lane, None])
             cute.arch.barrier_arrive(barrier_id=DECAY_DONE + team, number_of_threads=OURS)
             find_reads(given, decays, here, [own], [to])
-            cute.arch.barrier_arrive(barrier_id=READ_DONE, number_of_threads=ALL)
+            cute.arch.barrier_arrive(barrier_id=READ_DONE + team, number_of_threads=ALL)
         else:
             cute.arch.barrier(barrier_id=DECAY_DONE + team, number_of_threads=OURS)
             cute.autovec_copy(kept.passed[team, lane, None], passed)
             find_reads(given, decays, here, [passed, own], [to, kept.own_reads[warp, None, None, lane, None]])
-            cute.arch.barrier_arrive(barrier_id=READ_DONE, number_of_threads=ALL)
+            cute.arch.barrier_arrive(barrier_id=READ_DONE + team, number_of_threads=ALL)
             cute.arch.sync_warp()
             cute.arch.barrier(barrier_id=KEYS_DONE + team, number_of_threads=OURS)
             find_earlier(kept, warp, team, lane)
@@ -319,10 +318,7 @@ def solve(dots: cute.Tensor, beta, options, here, lane, eight, team, kept: cutla
     rows = in_pieces(kept.factors, (HEADS, 3), TOKENS, 4)
     if lane < EIGHT:
         qq, kk = (dots[(own_at(lane) + x) // 4, (own_at(lane) + x) % 4] for x in range(2))
-        own = eight * EIGHT + lane
-        factors[0, own] = of_norm(kk, options)
-        factors[1, own] = of_norm(qq, options) * options[SCALE]
-        factors[2, own] = of_beta(beta, options)
+        write_factors(qq, kk, beta, options, factors, eight * EIGHT + lane)
     cute.arch.sync_warp()
     at = lane - LATER + eight * EIGHT  # the lane's column
     if (at >= 0) & (lane < TOKENS):

@@ -203,9 +203,9 @@ def verify(
             # From v - S k to u and o.
             product = atom(TFloat32)
             left = halves(loaded(solved_fragments[buffer, lane, None]), TFloat32)
-            of_k, of_q = (of_tokens[buffer, i, line] for i in range(2))
-            b_v = of_words(values)
             for pair in cutlass.range_constexpr(0, S, 2):
+                of_k, of_q = (of_tokens[buffer, i, line] for i in range(2))
+                b_v = of_words(values)
                 for e in cutlass.range_constexpr(2):
                     some = []
                     for s in cutlass.range_constexpr(pair, pair + 2):

@@ -137,7 +137,7 @@ def verify_long(
             if turn % WARP == 0:  # the slots of the next 32 heads, one a lane, so that none is waited for
                 coming = slots[cutlass.min((head + (lane + 1) * programs) // value_heads, n_rows - 1)]
             team = turn % HEADS
-            cute.arch.barrier(barrier_id=READ_DONE, number_of_threads=ALL)
+            cute.arch.barrier(barrier_id=READ_DONE + team, number_of_threads=ALL)
             cute.arch.mbarrier_wait(arrived + warp, turn % 2)
 
             # S k and S q, of eight tokens each.
