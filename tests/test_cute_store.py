@@ -43,12 +43,12 @@ def of_verify(choices):
     return sum(source.warps_of(V, STATE)) * 32, source.at_once(K, V, STATE, TOKEN)
 
 
-SPILLED = 40  # bytes, in one form alone
+SPILLED = 56  # bytes, in one form alone
 
 
 def spills(kernel):
     """With one program less on a multiprocessor it would not, and be slower."""
-    choices = {"K": 128, "STATE": "float32", "GATE": "none", "TOKEN": "bfloat16", "UPDATE": True}
+    choices = {"K": 128, "GATE": "none", "TOKEN": "bfloat16", "UPDATE": True}
     return (kernel.name, kernel.arch) == ("verify", "sm_90a") and choices.items() <= dict(kernel.choices).items()
 
 
