@@ -169,14 +169,20 @@ def prepare(raw: cute.Tensor, gate: cute.Tensor, options, tokens, lane, reads: c
                 read = [x * from_state[e] for token in (k, q) for e, x in enumerate(token)]
                 for part, some in enumerate(halves(read, BFloat16)):
                     cute.autovec_copy(some, reads[part, t, None])
-                for i in cutlass.range_constexpr(t):
-                    key = [x * y for x, y in zip(held(keys[i, None]), decay, strict=True)]
-                    write(key, keys[i, None])
-                    links += [dot(k, key), dot(q, key)]
-                    links, at = store_full(links, lane, dots, at)
-                write(k, keys[t, None])
-                own += [dot(q, q), dot(k, k), dot(q, k)]
+                links, at = dots_of(t, k, q, decay, keys, links, own, lane, dots, at)
             store_sums(links + own, lane, dots, at)
+
+
+def dots_of(t, k, q, decay, keys, links, own, lane, dots, at):
+    """Adds a token's to ``links`` and ``own``, and its key to ``keys``, which decay on the way. What is left to sum."""
+    for i in range(t):
+        key = [x * y for x, y in zip(held(keys[i, None]), decay, strict=True)]
+        write(key, keys[i, None])
+        links = [*links, dot(k, key), dot(q, key)]
+        links, at = store_full(links, lane, dots, at)
+    write(k, keys[t, None])
+    own += [dot(q, q), dot(k, k), dot(q, k)]
+    return links, at
 
 
 def store_full(values, lane, dots, first):

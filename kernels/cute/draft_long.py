@@ -15,13 +15,12 @@ import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, TFloat32, Uint32
 from cutlass.cute.nvgpu import cpasync
 
-from .draft import EIGHT, after, count, link_at, own_at, store_full, store_sums, write_factors
+from .draft import EIGHT, after, count, dots_of, link_at, own_at, store_sums, write_factors
 from .product import add, atom, halves, zeros
 from .token import (
     TYPES,
     WARP,
     by_lane,
-    dot,
     exp,
     held,
     in_pieces,
@@ -262,14 +261,7 @@ def find_dots(given: cutlass.Constexpr, decays: cute.Tensor, here, lane, dots: c
             links, own, at = [], [], count(first)
             for t in cutlass.range_constexpr(first, first + 2):
                 k, q = keys_and_queries(given, t)
-                decay = loaded(decays[t, None])
-                for i in cutlass.range_constexpr(t):
-                    key = [x * y for x, y in zip(held(keys[i, None]), decay, strict=True)]
-                    write(key, keys[i, None])
-                    links += [dot(k, key), dot(q, key)]
-                    links, at = store_full(links, lane, dots, at)
-                write(k, keys[t, None])
-                own += [dot(q, q), dot(k, k), dot(q, k)]
+                links, at = dots_of(t, k, q, loaded(decays[t, None]), keys, links, own, lane, dots, at)
             store_sums(links + own, lane, dots, at)
     return keys
 

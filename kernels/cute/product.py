@@ -5,7 +5,7 @@ column i, and in the sums rows i and i + 8 of columns 2 j and 2 j + 1.
 """
 
 import cutlass.cute as cute
-from cutlass import BFloat16, Float32, TFloat32, Uint32
+from cutlass import BFloat16, Float32, Int64, TFloat32, Uint32
 
 from .token import TYPES, held
 
@@ -86,3 +86,17 @@ def factors(mine, STEPS, STATE):
     cute.autovec_copy(mine, cute.make_tensor(own.iterator, cute.make_layout(4 * STEPS)))
     steps = [own[s, None] for s in range(STEPS)]
     return [halves(held(x), BFloat16) if STATE == "float32" else [x] for x in steps]
+
+
+def rows_of_state(memory, K, STATE, S, WARPS):
+    """Shared memory for a state: to a warp S eights of rows, and the barrier that they have arrived at; the rows as right
+    factors, SIDE numbers of each side by side to a lane.
+
+    Of four neighbouring lanes each has SIDE numbers side by side, which belong to SIDE // 4 steps of the product. Rows are
+    dealt out so that of the sums a lane has those of 2 S rows side by side.
+    """
+    SIDE, PART = 4 if STATE == "float32" else 8, S * 8 * K
+    rows = memory.allocate_tensor(TYPES[STATE], cute.make_layout((WARPS, PART), stride=(PART, 1)), 128)
+    shape, strides = (WARPS, 4, S, 2, K // (4 * SIDE), 4, SIDE), (PART, 2 * S * K, 2 * K, K, 4 * SIDE, SIDE, 1)
+    fragments = cute.make_tensor(rows.iterator, cute.make_layout(shape, stride=strides))
+    return rows, memory.allocate_array(Int64, WARPS), fragments

@@ -19,7 +19,7 @@ from cutlass import BFloat16, Float32, Int32, Int64, TFloat32
 
 from . import verify_long
 from .draft import EIGHT, FREE, MULTIPROCESSORS, READ_DONE, SOLVE_DONE, after, count, drafts, ways_of, write_keys
-from .product import MISSING, READ, STEP, add, atom, factors, halves, request_state, zeros
+from .product import MISSING, READ, STEP, add, atom, factors, halves, request_state, rows_of_state, zeros
 from .token import (
     TYPES,
     WARP,
@@ -117,19 +117,13 @@ def verify(
     turned = thread // WARP + WAYS * (program // MULTIPROCESSORS)
     warp = cute.arch.make_warp_uniform(turned % (WARPS + WAYS))
 
-    # The state: of four neighbouring lanes each has SIDE numbers side by side, which belong to STEPS of the product. Rows
-    # are dealt out so that of the sums a lane has those of 2 S rows side by side.
-    SIDE = 4 if STATE == "float32" else 8
+    memory = cutlass.utils.SmemAllocator()
+    rows, arrived, fragments = rows_of_state(memory, K, STATE, S, WARPS)
+    _, PART = rows.shape  # of a state, to a warp
+    *_, LOADS, _, SIDE = fragments.shape
     STEPS = SIDE // 4
-    LOADS = K // (4 * SIDE)
-    PART = S * EIGHT * K  # of a state, to a warp
     strides = wide(value_heads, V * K), V * K, PART, 1
     parts = cute.make_tensor(state.iterator, cute.make_layout((pool, value_heads, WARPS, PART), stride=strides))
-    memory = cutlass.utils.SmemAllocator()
-    rows = memory.allocate_tensor(TYPES[STATE], cute.make_layout((WARPS, PART), stride=(PART, 1)), 128)
-    shape, strides = (WARPS, EIGHT // 2, S, 2, LOADS, 4, SIDE), (PART, 2 * S * K, 2 * K, K, 4 * SIDE, SIDE, 1)
-    fragments = cute.make_tensor(rows.iterator, cute.make_layout(shape, stride=strides))
-    arrived = memory.allocate_array(Int64, WARPS)
     # What tokens read, of two heads, as left factors: halves, eights, steps; a lane's two channels of a key, of a query, ...
     size = (K // STEP) * READ
     reads = memory.allocate_tensor(BFloat16, cute.make_layout(2 * 2 * size), 128)

@@ -11,7 +11,7 @@ from cutlass import BFloat16, Float32, Int32, Int64, TFloat32
 
 from .draft import EIGHT, MULTIPROCESSORS, after, write_keys
 from .draft_long import EIGHTS, HEADS, READ_DONE, READ_FREE, SOLVE_DONE, SOLVE_FREE, TOKENS, Kept, drafts
-from .product import MISSING, READ, STEP, add, atom, factors, halves, request_state, zeros
+from .product import MISSING, READ, STEP, add, atom, factors, halves, request_state, rows_of_state, zeros
 from .token import (
     TYPES,
     WARP,
@@ -72,19 +72,13 @@ def verify_long(
     turned = thread // WARP + DRAFTERS * (program // MULTIPROCESSORS)
     warp = cute.arch.make_warp_uniform(turned % (WARPS + DRAFTERS))
 
-    # The state: of four neighbouring lanes each has SIDE numbers side by side, which belong to STEPS of the product. Rows
-    # are dealt out so that of the sums a lane has those of 2 S rows side by side.
-    SIDE = 4 if STATE == "float32" else 8
+    memory = cutlass.utils.SmemAllocator()
+    rows, arrived, fragments = rows_of_state(memory, K, STATE, S, WARPS)
+    _, PART = rows.shape  # of a state, to a warp
+    *_, LOADS, _, SIDE = fragments.shape
     STEPS = SIDE // 4
-    LOADS = K // (4 * SIDE)
-    PART = S * EIGHT * K  # of a state, to a warp
     strides = wide(value_heads, V * K), PART, 1
     parts = cute.make_tensor(state.iterator, cute.make_layout((pool, value_heads * WARPS, PART), stride=strides))
-    memory = cutlass.utils.SmemAllocator()
-    rows = memory.allocate_tensor(TYPES[STATE], cute.make_layout((WARPS, PART), stride=(PART, 1)), 128)
-    shape, strides = (WARPS, EIGHT // 2, S, 2, LOADS, 4, SIDE), (PART, 2 * S * K, 2 * K, K, 4 * SIDE, SIDE, 1)
-    fragments = cute.make_tensor(rows.iterator, cute.make_layout(shape, stride=strides))
-    arrived = memory.allocate_array(Int64, WARPS)
     # What tokens read, as left factors: halves, eights, steps; two channels of a key, of a query, two more of both.
     size = EIGHTS * (K // STEP) * READ
     reads = memory.allocate_tensor(BFloat16, cute.make_layout(2 * size), 128)
