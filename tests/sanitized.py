@@ -40,10 +40,10 @@ def run(implementation: str, gate: str | None, state_dtype: str, dim: int) -> No
     assert_finite(outputs)
 
 
-def crowd(gate: str | None, state_dtype: str, count: int) -> None:
+def crowd(gate: str | None, state_dtype: str, count: int, dim: int) -> None:
     """verify of more heads than there are programs: what a program does with one head while the next is under way."""
     case = cases.Case(
-        "crowd", batch=40, tokens=count, heads=16, value_heads=32, k_dim=64, v_dim=64, gate=gate, pool_size=40,
+        "crowd", batch=40, tokens=count, heads=16, value_heads=32, k_dim=dim, v_dim=dim, gate=gate, pool_size=40,
         dtype="bfloat16", state_dtype=state_dtype,
     )  # fmt: skip
     drawn = cases.draw(case, layout="draft")
@@ -81,8 +81,12 @@ for gate, state_dtype, dim in (("softplus", "float32", 128), ("lower_bound", "bf
     for implementation in () if LONG else IMPLEMENTATIONS:
         run(implementation, gate, state_dtype, dim)
 if "cute" in IMPLEMENTATIONS:
-    for gate, state_dtype in (("lower_bound", "bfloat16"), (None, "float32")):
-        crowd(gate, state_dtype, 9 if LONG else 3)
+    for gate, state_dtype, count, dim in (
+        [("lower_bound", "bfloat16", 9, 64), (None, "float32", 9, 64)]
+        if LONG
+        else [("lower_bound", "bfloat16", 3, 64), (None, "float32", 3, 64), ("lower_bound", "bfloat16", 5, 128)]
+    ):
+        crowd(gate, state_dtype, count, dim)
 for gate, dtype, k_dim, v_dim, offsets in (
     ("softplus", "bfloat16", 128, 64, None),
     ("lower_bound", "bfloat16", 64, 128, (0, 0, 33, 97, 97)),

@@ -68,11 +68,16 @@ class Uint32(Number):
     numpy, width = np.uint32, 32
 
 
-class Int32(int):
+class Integer(int):
+    def ir_value(self) -> Integer:
+        return self
+
+
+class Int32(Integer):
     numpy, width = np.int32, 32
 
 
-class Int64(int):
+class Int64(Integer):
     numpy, width = np.int64, 64
 
 
@@ -330,6 +335,11 @@ def _copy(atom: str, source: Tensor, to: Tensor, mbar_ptr: Pointer | None = None
         Program.here.barriers[mbar_ptr.place].change(more_bytes=-size)
 
 
+def _copy_bulk(dst_mem: Pointer, src_mem: Pointer, mbar: Pointer, size: int, l2_cache_hint: int) -> None:
+    source, to = (Tensor(x, Layout(size * 8 // x.dtype.width)) for x in (src_mem, dst_mem))
+    _copy("load", source, to, mbar)
+
+
 def _init(pointer: Pointer, count: int) -> None:
     Program.here.barriers[pointer.place] = Barrier(count)
 
@@ -434,10 +444,13 @@ def _modules() -> dict[str, Any]:
         **{kind.__name__: kind for kind in (BFloat16, Float32, TFloat32, Uint32, Int32, Int64)},
     )
     driver = space(CUstream=None)
+    llvm = space(PointerType=space(get=_nothing), addrspacecast=lambda space, pointer: pointer)
+    nvvm = space(cp_async_bulk_shared_cluster_global=_copy_bulk)
     return {
         "cutlass": cutlass,
         "cutlass.cute": cute,
         "cutlass.cute.nvgpu": nvgpu,
+        "cutlass._mlir.dialects": space(llvm=llvm, nvvm=nvvm),
         "cuda": space(bindings=space(driver=driver)),
         "cuda.bindings": space(driver=driver),
         "cuda.bindings.driver": driver,

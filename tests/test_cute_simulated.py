@@ -109,16 +109,16 @@ def test_verify_of_so_many_tokens(tokens):
     check_verify_and_flush(case, None)
 
 
-@pytest.mark.parametrize("tokens", [3, 9])
-def test_verify_of_several_heads_to_a_program(monkeypatch, tokens):
-    """What is done with one head while the next one is under way."""
-    case = dataclasses.replace(SMALL, batch=3, tokens=tokens, state_dtype="bfloat16")
+@pytest.mark.parametrize(("tokens", "dim"), [(3, 64), (9, 64), (5, 128)])
+def test_verify_of_several_heads_to_a_program(monkeypatch, tokens, dim):
+    """What is done with one head while the next one is under way; and with K = 128 fewer warps have more rows each."""
+    case = dataclasses.replace(SMALL, batch=3, tokens=tokens, k_dim=dim, v_dim=dim, state_dtype="bfloat16")
     operands, spec, *_ = drawn_operands(case, "draft", np.asarray([1, 5, 0], np.int32))
     spec = VerifySpec(**spec, with_update=True)
     alone = verify_calls.verify(operands, spec)
     source = simt.module("verify")
     monkeypatch.setattr(source, "at_once", lambda *choices: 1)
-    monkeypatch.setattr(source, "MULTIPROCESSORS", 1)
+    monkeypatch.setattr(source, "multiprocessors", lambda: 1)
     assert_equal(verify_calls.verify(operands, spec), alone)
 
 

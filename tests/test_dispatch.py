@@ -80,8 +80,7 @@ def test_on_cpu_it_is_xla_without_a_word(asked):
         (DECODE, {}, "7.5", "xla"),
         (DECODE, {"k_dim": 32}, "9.0", "xla"),
         (DECODE, {"state_dtype": "bfloat16", "v_dim": 128}, "9.0", "triton"),  # never pallas, whose bits are others
-        (VERIFY, {"tokens": 8}, "9.0", "cute"),
-        (VERIFY, {"tokens": 9}, "9.0", "triton"),
+        (VERIFY, {"tokens": 16}, "9.0", "cute"),
         (VERIFY, {"tokens": 17}, "9.0", "xla"),
     ],
     ids=str,

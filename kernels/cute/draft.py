@@ -22,6 +22,7 @@ from .token import (
     by_lane,
     dot,
     exp,
+    for_blackwell,
     held,
     holder,
     in_pieces,
@@ -39,9 +40,13 @@ from .token import (
 
 EIGHT = 8  # tokens at most, and of a product
 AT_MOST = 16  # dots that are summed at once
-MULTIPROCESSORS = 132  # of an H200
 # Barriers, but for the first each of two heads: what is written of a head's tokens, and read.
 DOTS_DONE, READ_DONE, SOLVE_DONE, FREE = 1, 2, 4, 6
+
+
+def multiprocessors():
+    """Of a B200 or an H200."""
+    return 148 if for_blackwell() else 132
 
 
 def ways_of(K):

@@ -167,6 +167,7 @@ def drafts(
             if n < n_rows:
                 rate = request(sources, A_log, given, bias, n, hv, inverse, first, here, lane, K, GATE)
         cute.arch.barrier_arrive(barrier_id=SOLVE_DONE + team, number_of_threads=ALL)
+        cute.arch.sync_warp()  # before the next head's dots are written over these
         turn = turn + 1
 
 

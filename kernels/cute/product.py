@@ -5,7 +5,8 @@ column i, and in the sums rows i and i + 8 of columns 2 j and 2 j + 1.
 """
 
 import cutlass.cute as cute
-from cutlass import BFloat16, Float32, Int64, TFloat32, Uint32
+from cutlass import BFloat16, Float32, Int32, Int64, TFloat32, Uint32
+from cutlass._mlir.dialects import llvm, nvvm
 
 from .token import TYPES, held
 
@@ -14,6 +15,8 @@ STEP = 16  # channels that an instruction sums over
 READ = 2 * STEP * 8 + 32
 MISSING = 2 * 8 + 8  # from a token's v - S k of 16 rows to the next one's
 KEPT = {BFloat16: 8, TFloat32: 11}  # bits of a number, the leading one included
+EVICT_FIRST = 0x12F0000000000000  # a policy of the L2 cache, as createpolicy makes it for all of what is read
+SHARED_OF_CLUSTER = 7  # an address space
 
 
 def atom(dtype):
@@ -71,13 +74,24 @@ def add(product, to, lefts, rights):
 
 @cute.jit
 def request_state(part, to, arrived, lane):
-    """A warp's part, when all its lanes are done with what is there."""
+    """A warp's part, when all its lanes are done with what is there. States are read once: let them not drive out tokens,
+    outputs and the update."""
     cute.arch.sync_warp()
     if lane == 0:
-        bits = cute.size(to) * to.element_type.width
-        load = cute.make_copy_atom(cute.nvgpu.cpasync.CopyBulkG2SOp(), to.element_type, num_bits_per_copy=bits)
-        cute.arch.mbarrier_arrive_and_expect_tx(arrived, bits // 8)
-        cute.copy(load, part, to, mbar_ptr=arrived)
+        size = cute.size(to) * to.element_type.width // 8
+        cute.arch.mbarrier_arrive_and_expect_tx(arrived, size)
+        request_bulk(part, to, arrived, size)
+
+
+def request_bulk(part, to, arrived, size):
+    """As cute.copy with CopyBulkG2SOp, which drops the policy it is given."""
+    nvvm.cp_async_bulk_shared_cluster_global(
+        dst_mem=llvm.addrspacecast(llvm.PointerType.get(SHARED_OF_CLUSTER), to.iterator.llvm_ptr),
+        src_mem=part.iterator.llvm_ptr,
+        mbar=arrived.llvm_ptr,
+        size=Int32(size).ir_value(),
+        l2_cache_hint=Int64(EVICT_FIRST).ir_value(),
+    )
 
 
 def factors(mine, STEPS, STATE):

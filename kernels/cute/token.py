@@ -127,10 +127,15 @@ def write(values, x):
     cute.autovec_copy(own, x)
 
 
+def for_blackwell():
+    """Whether that is what is compiled for."""
+    return os.environ.get("CUTE_DSL_ARCH", "").startswith("sm_100")
+
+
 def in_pairs(single, packed, *operands):
     """``single`` of each of a lane's numbers; ``packed`` of two neighbours at once, to the same bits, where the GPU that is
     compiled for has instructions for that. No sum may take a packed product: the assembler would fuse them."""
-    if not os.environ.get("CUTE_DSL_ARCH", "").startswith("sm_100"):
+    if not for_blackwell():
         return [single(*numbers) for numbers in zip(*operands, strict=True)]
     pairs = zip(*(zip(x[::2], x[1::2], strict=True) for x in operands), strict=True)
     return [x for pair in pairs for x in packed(*pair)]

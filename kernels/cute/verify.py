@@ -2,7 +2,7 @@
 
 Bound: memory, V K numbers of state a (row, value head), as long as what T adds is small. So all that tokens ask of the state
 is one product on tensor cores, [k_t exp(G_t) ; q_t exp(G_t)] S^T, [2 T, K] x [K, V]. A program goes through several heads.
-Some of its warps do what has to do with tokens alone (draft.py), up to a head ahead; the others have 16 or 32 rows each of
+Some of its warps do what has to do with tokens alone (draft.py), up to a head ahead; the others have 16 to 64 rows each of
 the state, and two products that follow each other, whatever T is: of S k and S q, and of v - S k with the two [T, T]
 matrices that make u and outputs of it. A product may sum over K in any order: so its factors are 16 bytes side by side of
 the state, and no lane has to move them. A warp's rows come by one bulk copy, and the next head's are requested as soon as
@@ -18,7 +18,7 @@ import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, TFloat32
 
 from . import verify_long
-from .draft import EIGHT, FREE, MULTIPROCESSORS, READ_DONE, SOLVE_DONE, after, count, drafts, ways_of, write_keys
+from .draft import EIGHT, FREE, READ_DONE, SOLVE_DONE, after, count, drafts, multiprocessors, ways_of, write_keys
 from .product import MISSING, READ, STEP, add, atom, factors, halves, request_state, rows_of_state, zeros
 from .token import (
     TYPES,
@@ -37,6 +37,9 @@ from .token import (
 )
 
 TILES = {"bfloat16": 4, "float32": 2}  # by the pool's dtype: eights of the state's rows to a warp
+# With more tokens the warps of products take turns at shared memory with those of tokens. Half as many, with twice the rows,
+# read the tokens' factors half as often; one head alone takes longer. A row has the same bits either way.
+WIDE_ABOVE, WIDE_K = 4, 128
 
 
 def operands(K, V, STATE, GATE, TOKEN, UPDATE):
@@ -77,18 +80,29 @@ def launch(
     inverse = ((Int64(1) << 32) + group - 1) // group
     heads = v.shape[0] * value_heads
     if v.shape[1] <= EIGHT:
-        programs = at_once(K, STATE, TOKEN)
-        kernel = verify(*arrays, group, inverse, K, V, STATE, GATE, UPDATE)
-        enqueue(stream, kernel, programs, heads, V // (TILES[STATE] * EIGHT) + ways_of(K))
+        programs, choices = at_once(K, STATE, TOKEN), (K, V, STATE, GATE, UPDATE)
+        few = stream, (*arrays, group, inverse), programs, heads, choices
+        if cutlass.const_expr(K == WIDE_K):
+            if (v.shape[1] > WIDE_ABOVE) & (heads > programs * multiprocessors()):
+                enqueue_few(*few, 2 * TILES[STATE])
+            else:
+                enqueue_few(*few, TILES[STATE])
+        else:
+            enqueue_few(*few, TILES[STATE])
     else:
         programs = verify_long.at_once(K, V, STATE, TOKEN)
         kernel = verify_long.verify_long(*arrays, group, inverse, K, V, STATE, GATE, TOKEN, UPDATE)
         enqueue(stream, kernel, programs, heads, sum(verify_long.warps_of(V, STATE)))
 
 
+def enqueue_few(stream, arrays, programs, heads, choices, tiles):
+    K, V, *_ = choices
+    enqueue(stream, verify(*arrays, *choices, tiles), programs, heads, V // (tiles * EIGHT) + ways_of(K))
+
+
 def enqueue(stream, kernel, programs, heads, warps):
     kernel.launch(
-        grid=[cutlass.min(heads, Int32(programs * MULTIPROCESSORS)), 1, 1],
+        grid=[cutlass.min(heads, Int32(programs * multiprocessors())), 1, 1],
         block=[warps * WARP, 1, 1],
         min_blocks_per_mp=programs,
         preferred_smem_carveout=100,  # percent; left out, the DSL would ask a device
@@ -102,19 +116,18 @@ def verify(
     dt_bias: cute.Tensor, state: cute.Tensor, slots: cute.Tensor, options: cute.Tensor, o: cute.Tensor,
     u: cute.Tensor, k_out: cute.Tensor, g_out: cute.Tensor, group: Int32, inverse: Int64,
     K: cutlass.Constexpr, V: cutlass.Constexpr, STATE: cutlass.Constexpr, GATE: cutlass.Constexpr,
-    UPDATE: cutlass.Constexpr,
+    UPDATE: cutlass.Constexpr, S: cutlass.Constexpr,
 ):  # fmt: skip
-    """For up to eight tokens."""
+    """For up to eight tokens, with ``S`` eights of the state's rows to a warp."""
     thread, _, _ = cute.arch.thread_idx()
     program, _, _ = cute.arch.block_idx()
     programs, _, _ = cute.arch.grid_dim()
     lane = thread % WARP
     line, column = lane // 4, lane % 4  # of a product's fragments
-    S = TILES[STATE]
     WARPS, WAYS = V // (S * EIGHT), ways_of(K)
     n_rows, tokens, value_heads, pool = v.shape[0], v.shape[1], v.shape[2], state.shape[0]
     # Programs of a multiprocessor have their tokens done by different warps, so that its four schedulers share the work.
-    turned = thread // WARP + WAYS * (program // MULTIPROCESSORS)
+    turned = thread // WARP + WAYS * (program // multiprocessors())
     warp = cute.arch.make_warp_uniform(turned % (WARPS + WAYS))
 
     memory = cutlass.utils.SmemAllocator()

@@ -9,7 +9,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, TFloat32
 
-from .draft import EIGHT, MULTIPROCESSORS, after, write_keys
+from .draft import EIGHT, after, multiprocessors, write_keys
 from .draft_long import EIGHTS, HEADS, READ_DONE, READ_FREE, SOLVE_DONE, SOLVE_FREE, TOKENS, Kept, drafts
 from .product import MISSING, READ, STEP, add, atom, factors, halves, request_state, rows_of_state, zeros
 from .token import (
@@ -69,7 +69,7 @@ def verify_long(
     ALL = (WARPS + EIGHTS) * WARP  # threads that have to do with a head
     n_rows, tokens, value_heads, pool = v.shape[0], v.shape[1], v.shape[2], state.shape[0]
     # Programs of a multiprocessor have their tokens done by different warps, so that its four schedulers share the work.
-    turned = thread // WARP + DRAFTERS * (program // MULTIPROCESSORS)
+    turned = thread // WARP + DRAFTERS * (program // multiprocessors())
     warp = cute.arch.make_warp_uniform(turned % (WARPS + DRAFTERS))
 
     memory = cutlass.utils.SmemAllocator()
