@@ -25,8 +25,6 @@ import triton
 from benchmarks import events
 from benchmarks.cells import GATES, LOWER_BOUND, VARIANTS, Sequences, sequences
 
-ROUND_MS = 80.0
-
 
 def rows(size: str) -> list[dict[str, Any]]:
     ahead(size)
@@ -107,7 +105,7 @@ def _eager(cell: Sequences, variant: str) -> dict[str, float]:
     step()
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() - before
-    return {"peak_bytes": peak, "eager_us": events.microseconds(step, ROUND_MS)}
+    return {"peak_bytes": peak, "eager_us": events.microseconds(step)}
 
 
 def _graphed(cell: Sequences, variant: str) -> dict[str, float]:
@@ -122,7 +120,7 @@ def _graphed(cell: Sequences, variant: str) -> dict[str, float]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=side):
         step()
-    return {"graph_us": events.microseconds(graph.replay, ROUND_MS)}
+    return {"graph_us": events.microseconds(graph.replay)}
 
 
 def _measure(cells: list[Sequences], *attempts: Callable[[Sequences, str], dict[str, float]]) -> list[dict[str, Any]]:
