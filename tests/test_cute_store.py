@@ -41,7 +41,7 @@ def of_verify(choices):
     K, V, STATE, TOKEN = (choices[name] for name in ("K", "V", "STATE", "TOKEN"))
     long = source.verify_long
     found = [(sum(long.warps_of(V, STATE)) * 32, long.at_once(K, V, STATE, TOKEN))]
-    for tiles in (1, 2) if source.WIDE_K == K else (1,):
+    for tiles in (1, 2) if source.wide_too(K, choices["UPDATE"]) else (1,):
         warps = V // (tiles * source.TILES[STATE] * 8) + source.ways_of(K)
         found.append((warps * 32, source.at_once(K, STATE, TOKEN)))
     return found

@@ -281,12 +281,13 @@ def test_default_is_the_fastest_that_serves(call):
 @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("tokens", "dim"), [(3, 64), (9, 64), (4, 128), (6, 128), (8, 128), (16, 128)])
 def test_verify_on_cute_of_several_heads_to_a_program(tokens, dim, state_dtype):
-    """More heads than a GPU holds programs of verify at once, beside so few that each is alone in its program: other warps
-    to a head, the same bits."""
+    """More heads than a GPU holds programs of verify at once, beside so few that each is alone in its program; without the
+    update there may be other warps to a head: the same bits."""
     call = on_cute(VERIFY)
     changes = {"value_heads": 32, "dtype": "bfloat16", "state_dtype": state_dtype}
     arrays = on_gpu(call, k_dim=dim, v_dim=dim, tokens=tokens, batch=40, pool_size=50, **changes)
     o, update = call(arrays)
+    assert_equal(dataclasses.replace(call, run=functools.partial(call.run, with_update=False))(arrays), (o, None))
     shared = {"state", "gate"}
     for n in range(0, 40, 4):
         few = {name: x if name in shared else rows(x, slice(n, n + 4)) for name, x in arrays.items()}

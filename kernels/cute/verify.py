@@ -38,8 +38,14 @@ from .token import (
 
 TILES = {"bfloat16": 4, "float32": 2}  # by the pool's dtype: eights of the state's rows to a warp
 # With more tokens the warps of products take turns at shared memory with those of tokens. Half as many, with twice the rows,
-# read the tokens' factors half as often; one head alone takes longer. A row has the same bits either way.
-WIDE_ABOVE, WIDE_K = 4, 128
+# read the tokens' factors half as often; one head alone takes longer, and so does writing the update. A row has the same
+# bits either way.
+WIDE_ABOVE = 4
+
+
+def wide_too(K, UPDATE):
+    """Whether there is a kernel with half as many warps."""
+    return K == 128 and not UPDATE
 
 
 def operands(K, V, STATE, GATE, TOKEN, UPDATE):
@@ -82,7 +88,7 @@ def launch(
     if v.shape[1] <= EIGHT:
         programs, choices = at_once(K, STATE, TOKEN), (K, V, STATE, GATE, UPDATE)
         few = stream, (*arrays, group, inverse), programs, heads, choices
-        if cutlass.const_expr(K == WIDE_K):
+        if cutlass.const_expr(wide_too(K, UPDATE)):
             if (v.shape[1] > WIDE_ABOVE) & (heads > programs * multiprocessors()):
                 enqueue_few(*few, 2 * TILES[STATE])
             else:
