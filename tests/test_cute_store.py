@@ -129,13 +129,17 @@ def test_manifest_says_what_was_built(built):
         assert elf.architecture(cubin) == int(kernel.arch.removeprefix("sm_").removesuffix("a"))
 
 
-def instructions(kernel, folder, scratch):
-    """How many there are of each in the GPU's code."""
+def disassembly(kernel, folder, scratch):
     triton = pytest.importorskip("triton")
     nvdisasm = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
     (cubin,) = elf.cubins(artifact.read(kernel, folder).module)
     (scratch / "cubin").write_bytes(cubin)
-    text = subprocess.run([nvdisasm, "-c", scratch / "cubin"], capture_output=True, text=True, check=True).stdout
+    return subprocess.run([nvdisasm, "-c", scratch / "cubin"], capture_output=True, text=True, check=True).stdout
+
+
+def instructions(kernel, folder, scratch):
+    """How many there are of each in the GPU's code."""
+    text = disassembly(kernel, folder, scratch)
     return collections.Counter(word for word in text.replace(";", " ").split() if word[0].isupper())
 
 
@@ -168,6 +172,17 @@ def test_verify_multiplies_on_tensor_cores(built, tmp_path, state_dtype, arch):
     assert counts["UBLKCP.S.G"] == 3 * 2  # of three kernels, the first head's state and each next one's
     # No conversion of a single number: those are slow.
     assert not any(name.startswith("F2F.") for name in counts)
+
+
+@pytest.mark.parametrize("arch", CAPABILITIES)
+def test_verify_reads_states_as_the_first_to_be_evicted(built, tmp_path, arch):
+    """Each request of a state names a policy of the L2 cache, which is a descriptor behind its size."""
+    choices = CHOICES | {"STATE": "bfloat16", "UPDATE": False}
+    text = disassembly(Kernel("verify", tuple(choices.items()), arch), built, tmp_path)
+    requests = [line for line in text.splitlines() if "UBLKCP.S.G" in line]
+    assert requests
+    assert all(line.count(", desc[") == 1 for line in requests), requests
+    assert "0x12f00000" in text  # evict_first, in the upper word
 
 
 @pytest.mark.parametrize("arch", CAPABILITIES)

@@ -294,7 +294,7 @@ def test_verify_on_cute_of_several_heads_to_a_program(tokens, dim, state_dtype):
         assert_equal(call(few), rows((o, update), slice(n, n + 4)))
 
 
-HAZARDS = pytest.mark.xfail(reason="racecheck reports hazards wherever warps arrive at a barrier without waiting")
+HAZARDS = pytest.mark.xfail(reason="racecheck may report hazards where warps arrive at a barrier without waiting")
 
 
 @pytest.mark.parametrize(

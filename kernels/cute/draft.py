@@ -11,7 +11,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64
 
-from .product import halves
+from .product import EIGHT, halves
 from .token import (
     BETA_RANGE,
     L2NORM,
@@ -38,7 +38,6 @@ from .token import (
     write,
 )
 
-EIGHT = 8  # tokens at most, and of a product
 AT_MOST = 16  # dots that are summed at once
 # Barriers, but for the first each of two heads: what is written of a head's tokens, and read.
 DOTS_DONE, READ_DONE, SOLVE_DONE, FREE = 1, 2, 4, 6
@@ -47,6 +46,16 @@ DOTS_DONE, READ_DONE, SOLVE_DONE, FREE = 1, 2, 4, 6
 def multiprocessors():
     """Of a B200 or an H200."""
     return 148 if for_blackwell() else 132
+
+
+def placed(WARPS, DRAFTERS):
+    """Which program of how many this is, which warp, and which lane. The last warps do tokens: in programs that share a
+    multiprocessor different ones, so that its four schedulers share the work."""
+    thread, _, _ = cute.arch.thread_idx()
+    program, _, _ = cute.arch.block_idx()
+    programs, _, _ = cute.arch.grid_dim()
+    lane, turned = thread % WARP, thread // WARP + DRAFTERS * (program // multiprocessors())
+    return program, programs, cute.arch.make_warp_uniform(turned % (WARPS + DRAFTERS)), lane
 
 
 def ways_of(K):

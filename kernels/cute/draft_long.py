@@ -25,6 +25,7 @@ from .token import (
     held,
     in_pieces,
     in_words,
+    load_as,
     loaded,
     log_decays,
     numbers_of,
@@ -208,9 +209,7 @@ def find_decays(g: cute.Tensor, decays: cute.Tensor, rate, bias: cute.Tensor, op
     for pair in cutlass.range((here + 1) // 2, unroll=1):
         found, of_bias = [], loaded(bias)
         for x in cutlass.range_constexpr(2):
-            raw = cute.make_rmem_tensor(cute.make_layout(g.shape[1]), g.element_type)
-            cute.autovec_copy(g[2 * pair + x, None], raw)
-            found += of_words(raw)
+            found += of_words(load_as(g[2 * pair + x, None]))
         found = log_decays(found, rate, of_bias * 2, options, GATE)
         for x in cutlass.range_constexpr(2):
             t = 2 * pair + x
@@ -229,9 +228,7 @@ def keys_and_queries(given, t):
     """A lane's channels of a token, in float32."""
     found = []
     for x in given[:2]:
-        raw = cute.make_rmem_tensor(cute.make_layout(x.shape[1]), x.element_type)
-        cute.autovec_copy(x[t, None], raw)
-        found.append(of_words(raw))
+        found.append(of_words(load_as(x[t, None])))
     return found[1], found[0]
 
 
@@ -293,12 +290,6 @@ def find_earlier(kept, warp, team, lane):
     add(atom(TFloat32), to, left, halves(keys, TFloat32))
     for e in range(2):
         write([to[e], to[2 + e]], kept.earlier[team, 2 * column + e, line // 2, line % 2, None])
-
-
-def load_as(x):
-    own = cute.make_rmem_tensor(cute.make_layout(x.shape[0]), x.element_type)
-    cute.autovec_copy(x, own)
-    return own
 
 
 @cute.jit

@@ -8,11 +8,12 @@ import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, TFloat32, Uint32
 from cutlass._mlir.dialects import llvm, nvvm
 
-from .token import TYPES, held
+from .token import TYPES, held, load_as, loaded, of_words, select, write
 
+EIGHT = 8  # tokens of a product, their keys and queries its rows
 STEP = 16  # channels that an instruction sums over
 # Numbers in shared memory so that lanes meet in few banks: from one step's left factors of eight tokens to the next's, and
-READ = 2 * STEP * 8 + 32
+READ = 2 * STEP * EIGHT + 32
 MISSING = 2 * 8 + 8  # from a token's v - S k of 16 rows to the next one's
 KEPT = {BFloat16: 8, TFloat32: 11}  # bits of a number, the leading one included
 EVICT_FIRST = 0x12F0000000000000  # a policy of the L2 cache, as createpolicy makes it for all of what is read
@@ -100,6 +101,49 @@ def factors(mine, STEPS, STATE):
     cute.autovec_copy(mine, cute.make_tensor(own.iterator, cute.make_layout(4 * STEPS)))
     steps = [own[s, None] for s in range(STEPS)]
     return [halves(held(x), BFloat16) if STATE == "float32" else [x] for x in steps]
+
+
+def ask(mine, reads, found, STATE):
+    """Adds S k and S q to ``found``, S sums to each eight of tokens. ``mine`` [S, loads, SIDE] are a lane's rows of
+    the state, ``reads`` what each eight's tokens read, [halves, steps, 8]."""
+    product = atom(BFloat16)
+    S, LOADS, SIDE = mine.shape
+    STEPS = SIDE // 4
+    for x in range(LOADS):
+        rights = [factors(mine[s, x, None], STEPS, STATE) for s in range(S)]
+        for step in range(STEPS):
+            for read, sums in zip(reads, found, strict=True):
+                lefts = [load_as(read[part, x * STEPS + step, None]) for part in range(2)]
+                for s in range(S):
+                    add(product, sums[s], lefts, rights[s][step])
+
+
+def answer(found, values, factors_of, lefts, missing, tokens, line, column):
+    """Makes u and o of S k and S q in ``found``. ``values`` are v of each eight of tokens; ``factors_of`` [2, T] multiply
+    S k and S q; ``lefts`` are the [T, T] matrices, of an eight's rows the columns up to its own. v - S k of 16 rows goes by
+    way of ``missing`` from lanes of a token to lanes of a row."""
+    product = atom(TFloat32)
+    for pair in range(0, len(found[0]), 2):
+        for eight, sums in enumerate(found):
+            t = eight * EIGHT + line
+            of_k, of_q = (factors_of[i, t] for i in range(2))
+            b_v = of_words(values[eight])
+            for e in range(2):
+                some = []
+                for s in range(pair, pair + 2):
+                    x = b_v[2 * s + e] - of_k * sums[s][e]
+                    some.append(select(t < tokens, x, Float32(0.0)))
+                    sums[s][e] = Float32(0.0)
+                    sums[s][2 + e] = of_q * sums[s][2 + e]
+                write(some, missing[eight, line, 2 * column + e, None])
+        cute.arch.sync_warp()
+        for earlier in range(len(found)):
+            both = [loaded(missing[earlier, column + 4 * half, line, None]) for half in range(2)]
+            for s in range(2):
+                right = halves([x[s] for x in both], TFloat32)
+                for eight in range(earlier, len(found)):
+                    add(product, found[eight][pair + s], lefts[eight][earlier], right)
+        cute.arch.sync_warp()
 
 
 def rows_of_state(memory, K, STATE, S, WARPS):

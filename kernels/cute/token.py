@@ -93,6 +93,13 @@ def loaded(x):
     return held(own)
 
 
+def load_as(x):
+    """A lane's numbers as they are, side by side."""
+    own = cute.make_rmem_tensor(cute.make_layout(x.shape[0]), x.element_type)
+    cute.autovec_copy(x, own)
+    return own
+
+
 def state_by_lane(state, K, V):
     """A pool [P, HV, V, K] as [P, HV, V, 32, K / 32], of 2^31 numbers and more."""
     pool, value_heads, each = state.shape[0], state.shape[1], K // WARP

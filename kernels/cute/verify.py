@@ -18,8 +18,8 @@ import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, TFloat32
 
 from . import verify_long
-from .draft import EIGHT, FREE, READ_DONE, SOLVE_DONE, after, count, drafts, multiprocessors, ways_of, write_keys
-from .product import MISSING, READ, STEP, add, atom, factors, halves, request_state, rows_of_state, zeros
+from .draft import EIGHT, FREE, READ_DONE, SOLVE_DONE, after, count, drafts, multiprocessors, placed, ways_of, write_keys
+from .product import MISSING, READ, STEP, answer, ask, halves, request_state, rows_of_state, zeros
 from .token import (
     TYPES,
     WARP,
@@ -27,7 +27,6 @@ from .token import (
     in_pieces,
     in_words,
     loaded,
-    of_words,
     select,
     slot_of,
     token_inputs,
@@ -125,21 +124,15 @@ def verify(
     UPDATE: cutlass.Constexpr, S: cutlass.Constexpr,
 ):  # fmt: skip
     """For up to eight tokens, with ``S`` eights of the state's rows to a warp."""
-    thread, _, _ = cute.arch.thread_idx()
-    program, _, _ = cute.arch.block_idx()
-    programs, _, _ = cute.arch.grid_dim()
-    lane = thread % WARP
-    line, column = lane // 4, lane % 4  # of a product's fragments
     WARPS, WAYS = V // (S * EIGHT), ways_of(K)
+    program, programs, warp, lane = placed(WARPS, WAYS)
+    line, column = lane // 4, lane % 4  # of a product's fragments
     n_rows, tokens, value_heads, pool = v.shape[0], v.shape[1], v.shape[2], state.shape[0]
-    # Programs of a multiprocessor have their tokens done by different warps, so that its four schedulers share the work.
-    turned = thread // WARP + WAYS * (program // multiprocessors())
-    warp = cute.arch.make_warp_uniform(turned % (WARPS + WAYS))
 
     memory = cutlass.utils.SmemAllocator()
     rows, arrived, fragments = rows_of_state(memory, K, STATE, S, WARPS)
     _, PART = rows.shape  # of a state, to a warp
-    *_, LOADS, _, SIDE = fragments.shape
+    *_, SIDE = fragments.shape
     STEPS = SIDE // 4
     strides = wide(value_heads, V * K), V * K, PART, 1
     parts = cute.make_tensor(state.iterator, cute.make_layout((pool, value_heads, WARPS, PART), stride=strides))
@@ -165,7 +158,7 @@ def verify(
     v_rows = in_pieces(in_words(v), lead, 4 * words, words)
     values = cute.make_rmem_tensor(cute.make_layout(words), v_rows.element_type)
     # v - S k of 16 rows, which goes from lanes of a token to lanes of a row.
-    shape, strides = (WARPS, EIGHT, EIGHT, 2), (EIGHT * MISSING, MISSING, 2, 1)
+    shape, strides = (WARPS, 1, EIGHT, EIGHT, 2), (EIGHT * MISSING, EIGHT * MISSING, MISSING, 2, 1)
     missing = memory.allocate_tensor(Float32, cute.make_layout(shape, stride=strides), 16)
     total = n_rows * value_heads
     n, hv = program // value_heads, program % value_heads
@@ -194,44 +187,18 @@ def verify(
             cute.arch.barrier(barrier_id=READ_DONE + buffer, number_of_threads=(WARPS + WAYS) * WARP)
             cute.arch.mbarrier_wait(arrived + warp, buffer)
 
-            # S k and S q.
-            product = atom(BFloat16)
             found = [zeros(4) for _ in range(S)]
-            for x in cutlass.range_constexpr(LOADS):
-                rights = [factors(fragments[warp, line // 2, s, line % 2, x, column, None], STEPS, STATE) for s in range(S)]
-                for step in cutlass.range_constexpr(STEPS):
-                    lefts = []
-                    for part in cutlass.range_constexpr(2):
-                        left = cute.make_rmem_tensor(cute.make_layout(8), BFloat16)
-                        cute.autovec_copy(reads_fragments[buffer, part, x * STEPS + step, lane, None], left)
-                        lefts.append(left)
-                    for s in cutlass.range_constexpr(S):
-                        add(product, found[s], lefts, rights[s][step])
+            mine = fragments[warp, line // 2, None, line % 2, None, column, None]
+            ask(mine, [reads_fragments[buffer, None, None, lane, None]], [found], STATE)
             next_n, next_hv = after(n, hv, step_n, step_hv, value_heads)
             next_slot, next_live = within(pool, from_lane(coming, turn % WARP))
             if head + programs < total:
                 request_state(parts[next_slot, next_hv, warp, None], rows[warp, None], arrived + warp, lane)
             cute.arch.barrier(barrier_id=SOLVE_DONE + buffer, number_of_threads=(WARPS + 1) * WARP)
 
-            # From v - S k to u and o.
-            product = atom(TFloat32)
             left = halves(loaded(solved_fragments[buffer, lane, None]), TFloat32)
-            for pair in cutlass.range_constexpr(0, S, 2):
-                of_k, of_q = (of_tokens[buffer, i, line] for i in range(2))
-                b_v = of_words(values)
-                for e in cutlass.range_constexpr(2):
-                    some = []
-                    for s in cutlass.range_constexpr(pair, pair + 2):
-                        x = b_v[2 * s + e] - of_k * found[s][e]
-                        some.append(select(line < tokens, x, Float32(0.0)))
-                        found[s][e] = Float32(0.0)
-                        found[s][2 + e] = of_q * found[s][2 + e]
-                    write(some, missing[warp, line, 2 * column + e, None])
-                cute.arch.sync_warp()
-                both = [loaded(missing[warp, column + 4 * half, line, None]) for half in range(2)]
-                for s in cutlass.range_constexpr(2):
-                    add(product, found[pair + s], left, halves([x[s] for x in both], TFloat32))
-                cute.arch.sync_warp()
+            between = missing[warp, None, None, None, None]
+            answer([found], [values], of_tokens[buffer, None, None], [[left]], between, tokens, line, column)
             if head + programs < total:
                 request_values(v_rows, values, next_n, next_hv, warp, line, column)
             if cutlass.const_expr(UPDATE):

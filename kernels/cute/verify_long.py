@@ -9,9 +9,9 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, TFloat32
 
-from .draft import EIGHT, after, multiprocessors, write_keys
+from .draft import EIGHT, after, placed, write_keys
 from .draft_long import EIGHTS, HEADS, READ_DONE, READ_FREE, SOLVE_DONE, SOLVE_FREE, TOKENS, Kept, drafts
-from .product import MISSING, READ, STEP, add, atom, factors, halves, request_state, rows_of_state, zeros
+from .product import MISSING, READ, STEP, answer, ask, halves, request_state, rows_of_state, zeros
 from .token import (
     TYPES,
     WARP,
@@ -19,7 +19,6 @@ from .token import (
     in_pieces,
     in_words,
     loaded,
-    of_words,
     select,
     slot_of,
     wide,
@@ -59,23 +58,17 @@ def verify_long(
     K: cutlass.Constexpr, V: cutlass.Constexpr, STATE: cutlass.Constexpr, GATE: cutlass.Constexpr,
     TOKEN: cutlass.Constexpr, UPDATE: cutlass.Constexpr,
 ):  # fmt: skip
-    thread, _, _ = cute.arch.thread_idx()
-    program, _, _ = cute.arch.block_idx()
-    programs, _, _ = cute.arch.grid_dim()
-    lane = thread % WARP
-    line, column = lane // 4, lane % 4  # of a product's fragments
     S = TILES
     WARPS, DRAFTERS = warps_of(V, STATE)
     ALL = (WARPS + EIGHTS) * WARP  # threads that have to do with a head
+    program, programs, warp, lane = placed(WARPS, DRAFTERS)
+    line, column = lane // 4, lane % 4  # of a product's fragments
     n_rows, tokens, value_heads, pool = v.shape[0], v.shape[1], v.shape[2], state.shape[0]
-    # Programs of a multiprocessor have their tokens done by different warps, so that its four schedulers share the work.
-    turned = thread // WARP + DRAFTERS * (program // multiprocessors())
-    warp = cute.arch.make_warp_uniform(turned % (WARPS + DRAFTERS))
 
     memory = cutlass.utils.SmemAllocator()
     rows, arrived, fragments = rows_of_state(memory, K, STATE, S, WARPS)
     _, PART = rows.shape  # of a state, to a warp
-    *_, LOADS, _, SIDE = fragments.shape
+    *_, SIDE = fragments.shape
     STEPS = SIDE // 4
     strides = wide(value_heads, V * K), PART, 1
     parts = cute.make_tensor(state.iterator, cute.make_layout((pool, value_heads * WARPS, PART), stride=strides))
@@ -134,20 +127,9 @@ def verify_long(
             cute.arch.barrier(barrier_id=READ_DONE + team, number_of_threads=ALL)
             cute.arch.mbarrier_wait(arrived + warp, turn % 2)
 
-            # S k and S q, of eight tokens each.
-            product = atom(BFloat16)
             found = [[zeros(4) for _ in range(S)] for _ in range(EIGHTS)]
-            for x in cutlass.range_constexpr(LOADS):
-                rights = [factors(fragments[warp, line // 2, s, line % 2, x, column, None], STEPS, STATE) for s in range(S)]
-                for step in cutlass.range_constexpr(STEPS):
-                    for eight in cutlass.range_constexpr(EIGHTS):
-                        lefts = []
-                        for part in cutlass.range_constexpr(2):
-                            left = cute.make_rmem_tensor(cute.make_layout(8), BFloat16)
-                            cute.autovec_copy(reads_fragments[part, eight, x * STEPS + step, lane, None], left)
-                            lefts.append(left)
-                        for s in cutlass.range_constexpr(S):
-                            add(product, found[eight][s], lefts, rights[s][step])
+            mine = fragments[warp, line // 2, None, line % 2, None, column, None]
+            ask(mine, [reads_fragments[None, eight, None, lane, None] for eight in range(EIGHTS)], found, STATE)
             next_n, next_hv = after(n, hv, step_n, step_hv, value_heads)
             next_slot, next_live = within(pool, from_lane(coming, turn % WARP))
             if head + programs < total:
@@ -157,8 +139,6 @@ def verify_long(
             request_values(v_rows, values, n * tokens, hv * 4 * WARPS + of_lane, of_token, line, tokens)
             cute.arch.barrier(barrier_id=SOLVE_DONE + team, number_of_threads=ALL)
 
-            # From v - S k to u and o.
-            product = atom(TFloat32)
             lefts = [
                 [
                     halves(loaded(solved_fragments[team, earlier, eight, lane, None]), TFloat32)
@@ -166,27 +146,8 @@ def verify_long(
                 ]
                 for eight in range(EIGHTS)
             ]
-            for pair in cutlass.range_constexpr(0, S, 2):
-                for eight in cutlass.range_constexpr(EIGHTS):
-                    t = eight * EIGHT + line
-                    of_k, of_q = (of_tokens[team, i, t] for i in range(2))
-                    b_v = of_words(values[eight, None])
-                    for e in cutlass.range_constexpr(2):
-                        some = []
-                        for s in cutlass.range_constexpr(pair, pair + 2):
-                            x = b_v[2 * s + e] - of_k * found[eight][s][e]
-                            some.append(select(t < tokens, x, Float32(0.0)))
-                            found[eight][s][e] = Float32(0.0)
-                            found[eight][s][2 + e] = of_q * found[eight][s][2 + e]
-                        write(some, missing[warp, eight, line, 2 * column + e, None])
-                cute.arch.sync_warp()
-                for earlier in cutlass.range_constexpr(EIGHTS):
-                    both = [loaded(missing[warp, earlier, column + 4 * half, line, None]) for half in range(2)]
-                    for s in cutlass.range_constexpr(2):
-                        right = halves([x[s] for x in both], TFloat32)
-                        for eight in cutlass.range_constexpr(earlier, EIGHTS):
-                            add(product, found[eight][pair + s], lefts[eight][earlier], right)
-                cute.arch.sync_warp()
+            v_of_eights, between = [values[eight, None] for eight in range(EIGHTS)], missing[warp, None, None, None, None]
+            answer(found, v_of_eights, of_tokens[team, None, None], lefts, between, tokens, line, column)
             if cutlass.const_expr(UPDATE):
                 h = Int32(Int64(hv) * inverse >> 32)
                 if hv == h * group:
