@@ -42,15 +42,17 @@ def run(implementation: str, gate: str | None, state_dtype: str, dim: int) -> No
 
 def crowd(gate: str | None, state_dtype: str, count: int, dim: int) -> None:
     """verify of more heads than there are programs: what a program does with one head while the next is under way. With
-    K = 128 without the update, for which other warps may do it."""
+    K = 128 without the update, for which other warps may do it; else flush as well, which has larger programs here."""
     case = cases.Case(
         "crowd", batch=40, tokens=count, heads=16, value_heads=32, k_dim=dim, v_dim=dim, gate=gate, pool_size=40,
         dtype="bfloat16", state_dtype=state_dtype,
     )  # fmt: skip
     drawn = cases.draw(case, layout="draft")
     slots = np.where(np.arange(40) % 7 == 3, -1, np.arange(40)[::-1]).astype(np.int32)
-    options = drawn.options | {"implementation": "cute", "state_indices": jnp.asarray(slots), "with_update": dim < 128}
-    assert_finite(kda.verify(*map(jnp.asarray, (*drawn.arrays, drawn.state)), **options))
+    tokens, state = tuple(map(jnp.asarray, drawn.arrays)), jnp.asarray(drawn.state)
+    where = {"implementation": "cute", "state_indices": jnp.asarray(slots)}
+    o, update = kda.verify(*tokens, state, **drawn.options, **where, with_update=dim < 128)
+    assert_finite(o if update is None else (o, kda.flush(state, update, count, **where)))
 
 
 def train(gate: str | None, dtype: str, k_dim: int, v_dim: int, offsets: tuple[int, ...] | None) -> None:

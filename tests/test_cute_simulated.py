@@ -122,6 +122,18 @@ def test_verify_of_several_heads_to_a_program(monkeypatch, tokens, dim, update):
     assert_equal(verify_calls.verify(operands, spec), alone)
 
 
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
+def test_flush_of_many_heads(monkeypatch, state_dtype):
+    """In programs of as many rows as on a GPU that is full of them; those of few heads have half as many: the same bits."""
+    case = dataclasses.replace(SMALL, tokens=6, state_dtype=state_dtype)
+    operands, spec, *_ = drawn_operands(case, "draft", SLOTS)
+    _, *update = verify_calls.verify(operands, VerifySpec(**spec, with_update=True))
+    flushed = FlushOperands(*update, operands.state, operands.state_indices, np.asarray([5, 6], np.int32))
+    few = flush_calls.flush(flushed, FlushSpec(None))
+    monkeypatch.setattr(simt.module("flush"), "multiprocessors", lambda: 0)
+    assert_equal(flush_calls.flush(flushed, FlushSpec(None)), few)
+
+
 @pytest.mark.parametrize("tokens", [4, 9])
 def test_flush_does_not_read_what_was_not_accepted(tokens):
     """Tokens behind the accepted ones change no bit, whatever they hold and however many they are."""

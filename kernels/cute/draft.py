@@ -22,30 +22,25 @@ from .token import (
     by_lane,
     dot,
     exp,
-    for_blackwell,
     held,
     holder,
     in_pieces,
     in_words,
     loaded,
     log_decays,
+    multiprocessors,
     numbers_of,
     of_words,
     select,
     sigmoid,
-    slot_of,
     sums,
+    within,
     write,
 )
 
 AT_MOST = 16  # dots that are summed at once
 # Barriers, but for the first each of two heads: what is written of a head's tokens, and read.
 DOTS_DONE, READ_DONE, SOLVE_DONE, FREE = 1, 2, 4, 6
-
-
-def multiprocessors():
-    """Of a B200 or an H200."""
-    return 148 if for_blackwell() else 132
 
 
 def placed(WARPS, DRAFTERS):
@@ -92,33 +87,37 @@ def after(n, hv, step_n, step_hv, value_heads):
 def drafts(
     q: cute.Tensor, k: cute.Tensor, g: cute.Tensor, beta: cute.Tensor, A_log: cute.Tensor, dt_bias: cute.Tensor,
     slots: cute.Tensor, options: cute.Tensor, g_out: cute.Tensor, reads: cute.Tensor, dots: cute.Tensor, solved: cute.Tensor,
-    factors: cute.Tensor, n, hv, step_n, step_hv, inverse, way, lane, pool,
+    factors: cute.Tensor, n, hv, step_n, step_hv, inverse, way, lane, pool, decays,
     K: cutlass.Constexpr, GATE: cutlass.Constexpr, UPDATE: cutlass.Constexpr, WARPS: cutlass.Constexpr,
 ):  # fmt: skip
-    """What a warp of tokens does: its channels of each of the program's heads; and every so many heads the matrices."""
+    """What a warp of tokens does: its channels of each of the program's heads; and every so many heads the matrices. It
+    writes log decays to the update of the first ``decays`` tokens."""
     n_rows, tokens, value_heads, WAYS = q.shape[0], q.shape[1], g.shape[2], ways_of(K)
     each = K // WARP // WAYS
     words = each * q.element_type.width // 32
     raw = cute.make_rmem_tensor(cute.make_layout((EIGHT, 3, words), stride=(3 * words, words, 1)), in_words(q).element_type)
     gate = cute.make_rmem_tensor(cute.make_layout(1 + each), Float32)  # A_log, dt_bias
+    turn, where = Int32(0), Int32(0)
+    if cutlass.const_expr(UPDATE):
+        where = slots[n]
     request_tokens(q, k, g, A_log, dt_bias, raw, gate, n, hv, inverse, way, lane, K)
     chosen = numbers_of(options)
-    turn = Int32(0)
     while n < n_rows:
         buffer = turn % 2
         b_beta = beta[n, cutlass.min(lane, tokens - 1), hv]
         if turn > 1:
             cute.arch.barrier(barrier_id=FREE + buffer, number_of_threads=(WARPS + WAYS) * WARP)
-        g_out_lanes, live = None, True
+        g_out_lanes = None
         if cutlass.const_expr(UPDATE):
-            _, live = slot_of(slots, pool, n)
             lanes = by_lane(g_out, (n_rows, tokens, value_heads, WAYS), K // WAYS)
             g_out_lanes = lanes[n, None, hv, way, lane, None]
         to = reads[buffer, None, None, None]
-        prepare(raw, gate, chosen, tokens, lane, to, dots[buffer, way, None], g_out_lanes, live, GATE)
+        prepare(raw, gate, chosen, tokens, lane, to, dots[buffer, way, None], g_out_lanes, where, pool, decays, GATE)
         cute.arch.barrier_arrive(barrier_id=READ_DONE + buffer, number_of_threads=(WARPS + WAYS) * WARP)
         n, hv = after(n, hv, step_n, step_hv, value_heads)
         if n < n_rows:
+            if cutlass.const_expr(UPDATE):
+                where = slots[n]
             request_tokens(q, k, g, A_log, dt_bias, raw, gate, n, hv, inverse, way, lane, K)
         if cutlass.const_expr(WAYS > 1):
             cute.arch.barrier(barrier_id=DOTS_DONE, number_of_threads=WAYS * WARP)
@@ -162,7 +161,7 @@ def request_tokens(
 
 @cute.jit
 def prepare(raw: cute.Tensor, gate: cute.Tensor, options, tokens, lane, reads: cute.Tensor, dots: cute.Tensor, g_out,
-            live, GATE: cutlass.Constexpr):  # fmt: skip
+            where, pool, decays, GATE: cutlass.Constexpr):  # fmt: skip
     """A warp's part: of ``raw`` [T, 3, channels] q, k and g of a lane, writes ``reads`` and sums of ``dots``."""
     each = cute.size(gate) - 1
     rate, *bias = held(gate)
@@ -175,8 +174,9 @@ def prepare(raw: cute.Tensor, gate: cute.Tensor, options, tokens, lane, reads: c
             for t in cutlass.range_constexpr(first, first + 2):
                 q, k, g = (of_words(raw[t, x, None]) for x in range(3))
                 log_decay = log_decays(g, rate, bias, options, GATE)
-                if cutlass.const_expr(g_out is not None):  # noqa: SIM102
-                    if t < tokens:
+                if cutlass.const_expr(g_out is not None):
+                    _, live = within(pool, where)  # here, where the slot's arrival need not be waited for
+                    if t < decays:
                         write([select(live, x, Float32(0.0)) for x in log_decay], g_out[t, None])
                 decay = [exp(x) for x in log_decay]
                 write([x * y for x, y in zip(held(from_state), decay, strict=True)], from_state)
@@ -268,15 +268,32 @@ def write_factors(qq, kk, beta, options, factors, t):
     factors[2, t] = select(options[SIGMOID] != 0.0, options[BETA_RANGE] * sigmoid(beta), beta)
 
 
+def keys_of_warp(k, most, K, WARPS):
+    """What one of ``WARPS`` warps holds of up to ``most`` keys."""
+    words = K // WARP * k.element_type.width // 32
+    layout = cute.make_layout((max(most // WARPS, 1), words), stride=(words, 1))
+    return cute.make_rmem_tensor(layout, in_words(k).element_type)
+
+
+@cute.jit
+def request_keys(k: cute.Tensor, keys: cute.Tensor, n, h, warp, lane, WARPS: cutlass.Constexpr):
+    count, words = keys.shape
+    lanes = in_pieces(in_words(k), k.shape[:3], words * WARP, words)
+    for i in cutlass.range_constexpr(count):
+        t = warp + i * WARPS
+        if t < k.shape[1]:
+            cute.autovec_copy(lanes[n, t, h, lane, None], keys[i, None])
+
+
 @cute.jit
 def write_keys(
-    k: cute.Tensor, k_out: cute.Tensor, factors: cute.Tensor, n, h, live, warp, lane, K: cutlass.Constexpr,
+    keys: cute.Tensor, k_out: cute.Tensor, factors: cute.Tensor, n, h, live, warp, lane, K: cutlass.Constexpr,
     WARPS: cutlass.Constexpr,
 ):  # fmt: skip
     """The keys as the update has them, with their factors."""
-    tokens = k.shape[1]
-    given, to = (by_lane(x, (k.shape[0], tokens, k.shape[2]), K) for x in (k, k_out))
-    for mine in cutlass.range((tokens - warp + WARPS - 1) // WARPS):
-        t = warp + mine * WARPS
-        key = [select(live, factors[t] * x, Float32(0.0)) for x in loaded(given[n, t, h, lane, None])]
-        write(key, to[n, t, h, lane, None])
+    lanes = by_lane(k_out, k_out.shape[:3], K)
+    for i in cutlass.range_constexpr(keys.shape[0]):
+        t = warp + i * WARPS
+        if t < k_out.shape[1]:
+            key = [select(live, factors[t] * x, Float32(0.0)) for x in of_words(keys[i, None])]
+            write(key, lanes[n, t, h, lane, None])

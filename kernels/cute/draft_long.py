@@ -31,7 +31,7 @@ from .token import (
     numbers_of,
     of_words,
     select,
-    slot_of,
+    within,
     write,
 )
 
@@ -121,17 +121,19 @@ def drafts(
     dots = kept.dots[warp, None]
     chosen = numbers_of(options)
     sources = q, k, g, dt_bias
-    turn, rate = Int32(0), Float32(0.0)
+    turn, rate, where = Int32(0), Float32(0.0), Int32(0)
     if n < n_rows:
+        if cutlass.const_expr(UPDATE):
+            where = slots[n]
         rate = request(sources, A_log, given, bias, n, hv, inverse, first, here, lane, K, GATE)
     while n < n_rows:
         b_beta = beta[n, cutlass.min(first + lane % EIGHT, tokens - 1), hv]
-        g_out_lanes, live, at = None, True, ((n * tokens + first) * value_heads + hv) * WARP + lane
+        g_out_lanes, at = None, ((n * tokens + first) * value_heads + hv) * WARP + lane
         if cutlass.const_expr(UPDATE):
-            _, live = slot_of(slots, pool, n)
             g_out_lanes = in_pieces(g_out, (), n_rows * tokens * value_heads * K, kept.each)
         step = value_heads * WARP
-        passed = find_decays(given[2], decays, rate, bias, chosen, here, live, g_out_lanes, at, step, kept.each, GATE)
+        live_in = where, pool
+        passed = find_decays(given[2], decays, rate, bias, chosen, here, live_in, g_out_lanes, at, step, kept.each, GATE)
         to = reads[None, eight, None, None]
         keys = find_dots(given, decays, here, lane, dots)
         if turn > 0:
@@ -159,6 +161,8 @@ def drafts(
             find_earlier(kept, warp, team, lane)
         cute.arch.sync_warp()
         n, hv = after(n, hv, step_n, step_hv, value_heads)
+        if cutlass.const_expr(UPDATE):
+            where = slots[cutlass.min(n, n_rows - 1)]
         # The first eight's warp is waited for.
         if (n < n_rows) & (eight == EIGHTS - 1):
             rate = request(sources, A_log, given, bias, n, hv, inverse, first, here, lane, K, GATE)
@@ -199,7 +203,7 @@ def request(sources: cutlass.Constexpr, A_log: cute.Tensor, given: cutlass.Const
 
 
 @cute.jit
-def find_decays(g: cute.Tensor, decays: cute.Tensor, rate, bias: cute.Tensor, options, here, live, g_out, at, step,
+def find_decays(g: cute.Tensor, decays: cute.Tensor, rate, bias: cute.Tensor, options, here, live_in, g_out, at, step,
                 each: cutlass.Constexpr, GATE: cutlass.Constexpr):  # fmt: skip
     """Each token's, over its g; the product of all. If ``g_out`` is wanted a lane's of the first token are ``at``, and
     those of others ``step`` apart."""
@@ -214,7 +218,9 @@ def find_decays(g: cute.Tensor, decays: cute.Tensor, rate, bias: cute.Tensor, op
         for x in cutlass.range_constexpr(2):
             t = 2 * pair + x
             log_decay = found[x * each : (x + 1) * each]
-            if cutlass.const_expr(g_out is not None):  # noqa: SIM102
+            if cutlass.const_expr(g_out is not None):
+                where, pool = live_in
+                _, live = within(pool, where)  # here, where the slot's arrival need not be waited for
                 if t < here:
                     write([select(live, x, Float32(0.0)) for x in log_decay], g_out[at + t * step, None])
             decay = [exp(x) for x in log_decay]

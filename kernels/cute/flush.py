@@ -14,12 +14,27 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
 from cutlass.cute.nvgpu import cpasync
 
-from .token import TYPES, WARP, exp, from_lane, fused, in_pieces, loaded, wide, within, write
+from .token import (
+    TYPES,
+    WARP,
+    exp,
+    from_lane,
+    fused,
+    in_pieces,
+    loaded,
+    multiprocessors,
+    wide,
+    within,
+    write,
+)
 
 WARPS = 4  # of a program, which share its tokens
 ROWS = {"bfloat16": 16, "float32": 8}  # of a warp
 AT_ONCE = {"bfloat16": 5, "float32": 8}  # programs on a multiprocessor
 TOKENS = 8  # in shared memory at once
+# Where all programs have a place at once even if they are of half as many rows, they are, and take registers: a warp that is
+# nearly alone waits for each token. A row has the same bits either way.
+FEW_AT_ONCE, FEW_TOKENS = 4, 4  # programs on a multiprocessor, tokens that are requested from shared memory together
 
 
 def operands(K, V, STATE):
@@ -40,18 +55,26 @@ def launch(
     u: cute.Tensor, k: cute.Tensor, g: cute.Tensor, state: cute.Tensor, slots: cute.Tensor, accepted: cute.Tensor,
     *, K: cutlass.Constexpr, V: cutlass.Constexpr, STATE: cutlass.Constexpr,
 ):  # fmt: skip
+    arrays, choices, few = (u, k, g, state, slots, accepted), (K, V, STATE), ROWS[STATE] // 2
+    if u.shape[0] * u.shape[2] * (V // (WARPS * few)) <= FEW_AT_ONCE * multiprocessors():
+        enqueue(stream, arrays, choices, few, FEW_TOKENS, FEW_AT_ONCE)
+    else:
+        enqueue(stream, arrays, choices, ROWS[STATE], 1, AT_ONCE[STATE])
+
+
+def enqueue(stream, arrays, choices, rows, together, at_once):
+    u, k, *_ = arrays
+    _, V, _ = choices
     value_heads = u.shape[2]
-    programs = value_heads * (V // (WARPS * ROWS[STATE]))  # of a row
-    flush(
-        u, k, g, state, slots, accepted,
-        cute.FastDivmodDivisorV2(programs), cute.FastDivmodDivisorV2(value_heads // k.shape[2]), K, V, STATE,
-    ).launch(
+    programs = value_heads * (V // (WARPS * rows))  # of a row
+    divisors = cute.FastDivmodDivisorV2(programs), cute.FastDivmodDivisorV2(value_heads // k.shape[2])
+    flush(*arrays, *divisors, *choices, rows, together).launch(
         grid=[u.shape[0] * programs, 1, 1],
         block=[WARPS * WARP, 1, 1],
-        min_blocks_per_mp=AT_ONCE[STATE],
+        min_blocks_per_mp=at_once,
         preferred_smem_carveout=100,  # percent; left out, the DSL would ask a device
         stream=stream,
-    )  # fmt: skip
+    )
 
 
 @cute.jit
@@ -83,13 +106,14 @@ def precede(added, after, u, k, g):
 def flush(
     u: cute.Tensor, k: cute.Tensor, g: cute.Tensor, state: cute.Tensor, slots: cute.Tensor, accepted: cute.Tensor,
     programs: cute.FastDivmodDivisorV2, group: cute.FastDivmodDivisorV2,
-    K: cutlass.Constexpr, V: cutlass.Constexpr, STATE: cutlass.Constexpr,
+    K: cutlass.Constexpr, V: cutlass.Constexpr, STATE: cutlass.Constexpr, OWN: cutlass.Constexpr,
+    TOGETHER: cutlass.Constexpr,
 ):  # fmt: skip
+    """With ``OWN`` rows to a warp, which takes ``TOGETHER`` tokens at a time."""
     thread, _, _ = cute.arch.thread_idx()
     program, _, _ = cute.arch.block_idx()
     lane, warp = thread % WARP, thread // WARP
-    OWN, EACH = ROWS[STATE], K // WARP
-    PARTS = V // (WARPS * OWN)
+    EACH, PARTS = K // WARP, V // (WARPS * OWN)
     n, rest = Int32(program // programs), Int32(program % programs)
     hv, part = rest // PARTS, rest % PARTS
     h = Int32(hv // group)
@@ -142,7 +166,7 @@ def flush(
         cute.arch.mbarrier_wait(tokens_here, i % 2)
         first = (loops - 1 - i) * TOKENS
         here = cutlass.min(taken - first, TOKENS)
-        for j in cutlass.range(here, unroll=1):
+        for j in cutlass.range(here, unroll=TOGETHER):
             token = here - 1 - j
             precede(added, after, updates[token, warp, None, None], keys[token, lane, None], logs[token, lane, None])
         if first > 0:

@@ -124,13 +124,14 @@ def answer(found, values, factors_of, lefts, missing, tokens, line, column):
     way of ``missing`` from lanes of a token to lanes of a row."""
     product = atom(TFloat32)
     for pair in range(0, len(found[0]), 2):
+        those = range(pair, min(pair + 2, len(found[0])))
         for eight, sums in enumerate(found):
             t = eight * EIGHT + line
             of_k, of_q = (factors_of[i, t] for i in range(2))
             b_v = of_words(values[eight])
             for e in range(2):
                 some = []
-                for s in range(pair, pair + 2):
+                for s in those:
                     x = b_v[2 * s + e] - of_k * sums[s][e]
                     some.append(select(t < tokens, x, Float32(0.0)))
                     sums[s][e] = Float32(0.0)
@@ -139,10 +140,10 @@ def answer(found, values, factors_of, lefts, missing, tokens, line, column):
         cute.arch.sync_warp()
         for earlier in range(len(found)):
             both = [loaded(missing[earlier, column + 4 * half, line, None]) for half in range(2)]
-            for s in range(2):
-                right = halves([x[s] for x in both], TFloat32)
+            for i, s in enumerate(those):
+                right = halves([x[i] for x in both], TFloat32)
                 for eight in range(earlier, len(found)):
-                    add(product, found[eight][pair + s], lefts[eight][earlier], right)
+                    add(product, found[eight][s], lefts[eight][earlier], right)
         cute.arch.sync_warp()
 
 

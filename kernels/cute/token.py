@@ -139,6 +139,11 @@ def for_blackwell():
     return os.environ.get("CUTE_DSL_ARCH", "").startswith("sm_100")
 
 
+def multiprocessors():
+    """Of a B200 or an H200."""
+    return 148 if for_blackwell() else 132
+
+
 def in_pairs(single, packed, *operands):
     """``single`` of each of a lane's numbers; ``packed`` of two neighbours at once, to the same bits, where the GPU that is
     compiled for has instructions for that. No sum may take a packed product: the assembler would fuse them."""

@@ -2,7 +2,7 @@
 
 Bound: memory, V K numbers of state a (row, value head), as long as what T adds is small. So all that tokens ask of the state
 is one product on tensor cores, [k_t exp(G_t) ; q_t exp(G_t)] S^T, [2 T, K] x [K, V]. A program goes through several heads.
-Some of its warps do what has to do with tokens alone (draft.py), up to a head ahead; the others have 16 to 64 rows each of
+Some of its warps do what has to do with tokens alone (draft.py), up to a head ahead; the others have 8 to 64 rows each of
 the state, and two products that follow each other, whatever T is: of S k and S q, and of v - S k with the two [T, T]
 matrices that make u and outputs of it. A product may sum over K in any order: so its factors are 16 bytes side by side of
 the state, and no lane has to move them. A warp's rows come by one bulk copy, and the next head's are requested as soon as
@@ -18,7 +18,20 @@ import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, TFloat32
 
 from . import verify_long
-from .draft import EIGHT, FREE, READ_DONE, SOLVE_DONE, after, count, drafts, multiprocessors, placed, ways_of, write_keys
+from .draft import (
+    EIGHT,
+    FREE,
+    READ_DONE,
+    SOLVE_DONE,
+    after,
+    count,
+    drafts,
+    keys_of_warp,
+    placed,
+    request_keys,
+    ways_of,
+    write_keys,
+)
 from .product import MISSING, READ, STEP, answer, ask, halves, request_state, rows_of_state, zeros
 from .token import (
     TYPES,
@@ -27,6 +40,7 @@ from .token import (
     in_pieces,
     in_words,
     loaded,
+    multiprocessors,
     select,
     slot_of,
     token_inputs,
@@ -40,11 +54,19 @@ TILES = {"bfloat16": 4, "float32": 2}  # by the pool's dtype: eights of the stat
 # read the tokens' factors half as often; one head alone takes longer, and so does writing the update. A row has the same
 # bits either way.
 WIDE_ABOVE = 4
+# So few heads that most multiprocessors would have none: each goes to several programs, all of which do what has to do with
+# its tokens. A row has the same bits here too.
+PARTS = 4
 
 
 def wide_too(K, UPDATE):
     """Whether there is a kernel with half as many warps."""
     return K == 128 and not UPDATE
+
+
+def few_tiles(UPDATE):
+    """Eights of rows to a warp of a few heads: the less a warp has to write, the more."""
+    return 1 if UPDATE else 2
 
 
 def operands(K, V, STATE, GATE, TOKEN, UPDATE):
@@ -83,31 +105,35 @@ def launch(
     group = value_heads // q.shape[2]
     # Of what programs would divide by: hv // group is hv * inverse >> 32, for as many heads as there are.
     inverse = ((Int64(1) << 32) + group - 1) // group
+    by_row = cute.FastDivmodDivisorV2(value_heads)
     heads = v.shape[0] * value_heads
     if v.shape[1] <= EIGHT:
         programs, choices = at_once(K, STATE, TOKEN), (K, V, STATE, GATE, UPDATE)
-        few = stream, (*arrays, group, inverse), programs, heads, choices
-        if cutlass.const_expr(wide_too(K, UPDATE)):
+        of_eight = stream, (*arrays, group, inverse, by_row), heads, choices
+        if heads * PARTS <= multiprocessors():
+            enqueue_of_eight(*of_eight, 1, few_tiles(UPDATE), PARTS)
+        elif cutlass.const_expr(wide_too(K, UPDATE)):
             if (v.shape[1] > WIDE_ABOVE) & (heads > programs * multiprocessors()):
-                enqueue_few(*few, 2 * TILES[STATE])
+                enqueue_of_eight(*of_eight, programs, 2 * TILES[STATE])
             else:
-                enqueue_few(*few, TILES[STATE])
+                enqueue_of_eight(*of_eight, programs, TILES[STATE])
         else:
-            enqueue_few(*few, TILES[STATE])
+            enqueue_of_eight(*of_eight, programs, TILES[STATE])
     else:
         programs = verify_long.at_once(K, V, STATE, TOKEN)
-        kernel = verify_long.verify_long(*arrays, group, inverse, K, V, STATE, GATE, TOKEN, UPDATE)
+        kernel = verify_long.verify_long(*arrays, group, inverse, by_row, K, V, STATE, GATE, TOKEN, UPDATE)
         enqueue(stream, kernel, programs, heads, sum(verify_long.warps_of(V, STATE)))
 
 
-def enqueue_few(stream, arrays, programs, heads, choices, tiles):
+def enqueue_of_eight(stream, arrays, heads, choices, programs, tiles, parts=1):
     K, V, *_ = choices
-    enqueue(stream, verify(*arrays, *choices, tiles), programs, heads, V // (tiles * EIGHT) + ways_of(K))
+    kernel = verify(*arrays, *choices, tiles, parts)
+    enqueue(stream, kernel, programs, heads * parts, V // (tiles * EIGHT * parts) + ways_of(K))
 
 
-def enqueue(stream, kernel, programs, heads, warps):
+def enqueue(stream, kernel, programs, parts, warps):
     kernel.launch(
-        grid=[cutlass.min(heads, Int32(programs * multiprocessors())), 1, 1],
+        grid=[cutlass.min(parts, Int32(programs * multiprocessors())), 1, 1],
         block=[warps * WARP, 1, 1],
         min_blocks_per_mp=programs,
         preferred_smem_carveout=100,  # percent; left out, the DSL would ask a device
@@ -119,13 +145,15 @@ def enqueue(stream, kernel, programs, heads, warps):
 def verify(
     q: cute.Tensor, k: cute.Tensor, v: cute.Tensor, g: cute.Tensor, beta: cute.Tensor, A_log: cute.Tensor,
     dt_bias: cute.Tensor, state: cute.Tensor, slots: cute.Tensor, options: cute.Tensor, o: cute.Tensor,
-    u: cute.Tensor, k_out: cute.Tensor, g_out: cute.Tensor, group: Int32, inverse: Int64,
+    u: cute.Tensor, k_out: cute.Tensor, g_out: cute.Tensor, group: Int32, inverse: Int64, by_row: cute.FastDivmodDivisorV2,
     K: cutlass.Constexpr, V: cutlass.Constexpr, STATE: cutlass.Constexpr, GATE: cutlass.Constexpr,
-    UPDATE: cutlass.Constexpr, S: cutlass.Constexpr,
+    UPDATE: cutlass.Constexpr, S: cutlass.Constexpr, PARTS: cutlass.Constexpr,
 ):  # fmt: skip
-    """For up to eight tokens, with ``S`` eights of the state's rows to a warp."""
-    WARPS, WAYS = V // (S * EIGHT), ways_of(K)
+    """For up to eight tokens, with ``S`` eights of the state's rows to a warp, and a head to ``PARTS`` programs."""
+    WARPS, WAYS = V // (S * EIGHT * PARTS), ways_of(K)
     program, programs, warp, lane = placed(WARPS, WAYS)
+    part, program, programs = program % PARTS, program // PARTS, programs // PARTS
+    rank, RANKS = part * WARPS + warp, PARTS * WARPS  # of a head's warps that have rows
     line, column = lane // 4, lane % 4  # of a product's fragments
     n_rows, tokens, value_heads, pool = v.shape[0], v.shape[1], v.shape[2], state.shape[0]
 
@@ -135,7 +163,7 @@ def verify(
     *_, SIDE = fragments.shape
     STEPS = SIDE // 4
     strides = wide(value_heads, V * K), V * K, PART, 1
-    parts = cute.make_tensor(state.iterator, cute.make_layout((pool, value_heads, WARPS, PART), stride=strides))
+    parts = cute.make_tensor(state.iterator, cute.make_layout((pool, value_heads, RANKS, PART), stride=strides))
     # What tokens read, of two heads, as left factors: halves, eights, steps; a lane's two channels of a key, of a query, ...
     size = (K // STEP) * READ
     reads = memory.allocate_tensor(BFloat16, cute.make_layout(2 * 2 * size), 128)
@@ -152,17 +180,17 @@ def verify(
     solved_fragments = cute.make_tensor(solved.iterator, cute.make_layout((2, WARP, 4), stride=(16 * EIGHT, 4, 1)))
     of_tokens = memory.allocate_tensor(Float32, cute.make_layout((2, 3, EIGHT), stride=(3 * EIGHT, EIGHT, 1)), 16)
     # A lane has one of the tokens' v, u and o.
-    lead = n_rows, tokens, value_heads, WARPS
+    lead = n_rows, tokens, value_heads, RANKS
     o_rows, u_rows = (in_pieces(x, lead, S * EIGHT, 2 * S) for x in (o, u))
     words = 2 * S * v.element_type.width // 32
     v_rows = in_pieces(in_words(v), lead, 4 * words, words)
     values = cute.make_rmem_tensor(cute.make_layout(words), v_rows.element_type)
     # v - S k of 16 rows, which goes from lanes of a token to lanes of a row.
-    shape, strides = (WARPS, 1, EIGHT, EIGHT, 2), (EIGHT * MISSING, EIGHT * MISSING, MISSING, 2, 1)
+    shape, strides = (WARPS, 1, EIGHT, EIGHT, min(S, 2)), (EIGHT * MISSING, EIGHT * MISSING, MISSING, 2, 1)
     missing = memory.allocate_tensor(Float32, cute.make_layout(shape, stride=strides), 16)
     total = n_rows * value_heads
-    n, hv = program // value_heads, program % value_heads
-    step_n, step_hv = programs // value_heads, programs % value_heads
+    n, hv = Int32(program // by_row), Int32(program % by_row)
+    step_n, step_hv = Int32(programs // by_row), Int32(programs % by_row)
     if warp >= WARPS:
         # Where a lane's two channels are among the fragments.
         word = (warp - WARPS) * WARP + lane
@@ -170,20 +198,25 @@ def verify(
         to = reads_words[None, None, step, None, place, word % 2, None]
         drafts(
             q, k, g, beta, A_log, dt_bias, slots, options, g_out, to, dots, solved, of_tokens, n, hv, step_n, step_hv,
-            inverse, warp - WARPS, lane, pool, K, GATE, UPDATE, WARPS,
+            inverse, warp - WARPS, lane, pool, select(part == 0, tokens, Int32(0)), K, GATE, UPDATE, WARPS,
         )  # fmt: skip
     else:
         slot, live = slot_of(slots, pool, n)
         if lane == 0:
             cute.arch.mbarrier_init(arrived + warp, 1)
             cute.arch.mbarrier_init_fence()
-        request_state(parts[slot, hv, warp, None], rows[warp, None], arrived + warp, lane)
-        request_values(v_rows, values, n, hv, warp, line, column)
+        request_state(parts[slot, hv, rank, None], rows[warp, None], arrived + warp, lane)
+        request_values(v_rows, values, n, hv, rank, line, column)
+        keys = keys_of_warp(k, EIGHT, K, RANKS)
         turn, coming = Int32(0), Int32(0)
         for head in cutlass.range(program, total, programs):
             if turn % WARP == 0:  # the slots of the next 32 heads, one a lane, so that none is waited for
-                coming = slots[cutlass.min((head + (lane + 1) * programs) // value_heads, n_rows - 1)]
+                coming = slots[cutlass.min(Int32((head + (lane + 1) * programs) // by_row), n_rows - 1)]
             buffer = turn % 2
+            h = Int32(Int64(hv) * inverse >> 32)
+            if cutlass.const_expr(UPDATE):  # noqa: SIM102
+                if hv == h * group:
+                    request_keys(k, keys, n, h, rank, lane, RANKS)
             cute.arch.barrier(barrier_id=READ_DONE + buffer, number_of_threads=(WARPS + WAYS) * WARP)
             cute.arch.mbarrier_wait(arrived + warp, buffer)
 
@@ -193,28 +226,27 @@ def verify(
             next_n, next_hv = after(n, hv, step_n, step_hv, value_heads)
             next_slot, next_live = within(pool, from_lane(coming, turn % WARP))
             if head + programs < total:
-                request_state(parts[next_slot, next_hv, warp, None], rows[warp, None], arrived + warp, lane)
+                request_state(parts[next_slot, next_hv, rank, None], rows[warp, None], arrived + warp, lane)
             cute.arch.barrier(barrier_id=SOLVE_DONE + buffer, number_of_threads=(WARPS + 1) * WARP)
 
             left = halves(loaded(solved_fragments[buffer, lane, None]), TFloat32)
             between = missing[warp, None, None, None, None]
             answer([found], [values], of_tokens[buffer, None, None], [[left]], between, tokens, line, column)
             if head + programs < total:
-                request_values(v_rows, values, next_n, next_hv, warp, line, column)
-            if cutlass.const_expr(UPDATE):
-                h = Int32(Int64(hv) * inverse >> 32)
+                request_values(v_rows, values, next_n, next_hv, rank, line, column)
+            if cutlass.const_expr(UPDATE):  # noqa: SIM102
                 if hv == h * group:
-                    write_keys(k, k_out, of_tokens[buffer, 0, None], n, h, live, warp, lane, K, WARPS)
+                    write_keys(keys, k_out, of_tokens[buffer, 0, None], n, h, live, rank, lane, K, RANKS)
             if head + 2 * programs < total:
                 cute.arch.barrier_arrive(barrier_id=FREE + buffer, number_of_threads=(WARPS + WAYS) * WARP)
             if line < tokens:
                 own = [select(live, found[s][2 + e], Float32(0.0)) for s in range(S) for e in range(2)]
-                write(own, o_rows[n, line, hv, warp, column, None])
+                write(own, o_rows[n, line, hv, rank, column, None])
                 if cutlass.const_expr(UPDATE):
                     own = [select(live, found[s][e], Float32(0.0)) for s in range(S) for e in range(2)]
-                    write(own, u_rows[n, line, hv, warp, column, None])
+                    write(own, u_rows[n, line, hv, rank, column, None])
             n, hv, live, turn = next_n, next_hv, next_live, turn + 1
 
 
-def request_values(v_rows, values, n, hv, warp, line, column):
-    cute.autovec_copy(v_rows[n, cutlass.min(line, v_rows.shape[1] - 1), hv, warp, column, None], values)
+def request_values(v_rows, values, n, hv, rank, line, column):
+    cute.autovec_copy(v_rows[n, cutlass.min(line, v_rows.shape[1] - 1), hv, rank, column, None], values)

@@ -9,7 +9,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, TFloat32
 
-from .draft import EIGHT, after, placed, write_keys
+from .draft import EIGHT, after, keys_of_warp, placed, request_keys, write_keys
 from .draft_long import EIGHTS, HEADS, READ_DONE, READ_FREE, SOLVE_DONE, SOLVE_FREE, TOKENS, Kept, drafts
 from .product import MISSING, READ, STEP, answer, ask, halves, request_state, rows_of_state, zeros
 from .token import (
@@ -54,7 +54,7 @@ def shared_bytes(K, V, STATE, TOKEN):
 def verify_long(
     q: cute.Tensor, k: cute.Tensor, v: cute.Tensor, g: cute.Tensor, beta: cute.Tensor, A_log: cute.Tensor,
     dt_bias: cute.Tensor, state: cute.Tensor, slots: cute.Tensor, options: cute.Tensor, o: cute.Tensor,
-    u: cute.Tensor, k_out: cute.Tensor, g_out: cute.Tensor, group: Int32, inverse: Int64,
+    u: cute.Tensor, k_out: cute.Tensor, g_out: cute.Tensor, group: Int32, inverse: Int64, by_row: cute.FastDivmodDivisorV2,
     K: cutlass.Constexpr, V: cutlass.Constexpr, STATE: cutlass.Constexpr, GATE: cutlass.Constexpr,
     TOKEN: cutlass.Constexpr, UPDATE: cutlass.Constexpr,
 ):  # fmt: skip
@@ -108,12 +108,12 @@ def verify_long(
         drafts(
             q, k, g, beta, A_log, dt_bias, slots, options, g_out,
             reads_lanes[None, None, step, None, place, lane % (8 // each), None], kept,
-            first // value_heads, first % value_heads, step_by // value_heads, step_by % value_heads, inverse,
+            Int32(first // by_row), Int32(first % by_row), Int32(step_by // by_row), Int32(step_by % by_row), inverse,
             warp - WARPS, lane, pool, GATE, UPDATE, WARPS,
         )  # fmt: skip
     else:
-        n, hv = program // value_heads, program % value_heads
-        step_n, step_hv = programs // value_heads, programs % value_heads
+        n, hv = Int32(program // by_row), Int32(program % by_row)
+        step_n, step_hv = Int32(programs // by_row), Int32(programs % by_row)
         slot, live = slot_of(slots, pool, n)
         if lane == 0:
             cute.arch.mbarrier_init(arrived + warp, 1)
@@ -122,7 +122,7 @@ def verify_long(
         turn, coming = Int32(0), Int32(0)
         for head in cutlass.range(program, total, programs):
             if turn % WARP == 0:  # the slots of the next 32 heads, one a lane, so that none is waited for
-                coming = slots[cutlass.min((head + (lane + 1) * programs) // value_heads, n_rows - 1)]
+                coming = slots[cutlass.min(Int32((head + (lane + 1) * programs) // by_row), n_rows - 1)]
             team = turn % HEADS
             cute.arch.barrier(barrier_id=READ_DONE + team, number_of_threads=ALL)
             cute.arch.mbarrier_wait(arrived + warp, turn % 2)
@@ -151,7 +151,9 @@ def verify_long(
             if cutlass.const_expr(UPDATE):
                 h = Int32(Int64(hv) * inverse >> 32)
                 if hv == h * group:
-                    write_keys(k, k_out, of_tokens[team, 0, None], n, h, live, warp, lane, K, WARPS)
+                    keys = keys_of_warp(k, TOKENS, K, WARPS)
+                    request_keys(k, keys, n, h, warp, lane, WARPS)
+                    write_keys(keys, k_out, of_tokens[team, 0, None], n, h, live, warp, lane, K, WARPS)
             if head + HEADS * programs < total:
                 cute.arch.barrier_arrive(barrier_id=SOLVE_FREE + team, number_of_threads=ALL)
             for eight in cutlass.range_constexpr(EIGHTS):
