@@ -68,6 +68,7 @@ class Program(NamedTuple):
     cell: Cell
     function: Callable[..., Any]
     inputs: tuple[Any, ...]
+    slots_of_row: int = 1
 
 
 class Executable(NamedTuple):
@@ -93,7 +94,8 @@ def compiled(programs: Sequence[P], compile_one: Callable[[P], E | Exception]) -
 
 def _compiled(program: Program) -> Executable | Exception:
     cell = program.cell
-    pool = jax.ShapeDtypeStruct((cell.calls * cell.n, cell.value_heads, cell.dim, cell.dim), jnp.dtype(cell.pool))
+    slots = cell.calls * cell.n * program.slots_of_row
+    pool = jax.ShapeDtypeStruct((slots, cell.value_heads, cell.dim, cell.dim), jnp.dtype(cell.pool))
     try:
         run = jax.jit(program.function, donate_argnums=0).lower(pool, *program.inputs).compile()
         memory = run.memory_analysis()
