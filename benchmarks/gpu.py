@@ -63,7 +63,8 @@ def slots(cell: Cell) -> list[np.ndarray]:
 
 
 class Program(NamedTuple):
-    """``cell.calls`` calls of an operation as one function ``(pool, *inputs) -> pool or (pool, more)``, the pool donated."""
+    """``cell.calls`` calls of an operation as one function ``(pool, *inputs) -> pool or (pool, more)``, the pool donated; it
+    has ``slots_of_row`` slots for each row of each call."""
 
     cell: Cell
     function: Callable[..., Any]

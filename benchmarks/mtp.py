@@ -1,5 +1,5 @@
-"""The speculative chain on a GPU, kda.verify and kda.flush; beside it kda.decode_mtp in its paged form, which leaves nothing
-to flush but writes every token's state."""
+"""The speculative chain on a GPU, kda.verify and kda.flush; beside it kda.decode_mtp on small batches, and in its paged
+form, which leaves nothing to flush but writes every token's state."""
 
 from __future__ import annotations
 
@@ -40,11 +40,13 @@ def _run(size: str, implementation: str) -> list[dict[str, Any]]:
     for row in chains:
         cell = Cell(**{key: row[key] for key in chosen[0].row()})
         row |= cell.chain_bytes(accepted(cell.tokens)[row["variant"]])
+    small = [cell for cell in chosen if cell.n <= 8 and cell.tokens in (2, 4) and cell.heads == cell.value_heads == 32]
+    strict = gpu.time_all([_strict(cell, implementation) for cell in small], lambda cell: {"decode_mtp": ()})
     short = [cell for cell in chosen if cell.tokens <= MOST_PAGED]
     paged = gpu.time_all([_paged(cell, implementation) for cell in short], lambda cell: {"paged": ()})
-    for cell, row in zip(short, paged, strict=True):
+    for cell, row in zip(small + short, strict + paged, strict=True):
         row |= {"state_bytes": (1 + cell.tokens) * cell.states, "other_bytes": cell.tokens_in_out}
-    return chains + paged
+    return chains + strict + paged
 
 
 def _counts(cell: Cell) -> dict[str, tuple[Any, ...]]:
@@ -78,6 +80,19 @@ def _chain(cell: Cell, implementation: str) -> gpu.Program:
         return (pool, [o for o, _ in verified]) if implementation == "xla" else pool
 
     return gpu.Program(cell, function, (*gpu.tokens(cell, cell.n, cell.tokens), np.zeros(cell.n, np.int32)))
+
+
+def _strict(cell: Cell, implementation: str) -> gpu.Program:
+    @jax.jit
+    def step(pool, slots, q, k, v, g, beta, A_log, dt_bias):
+        options = gpu.options(A_log, dt_bias, implementation)
+        return kda.decode_mtp(q, k, v, g, beta, pool, state_indices=slots, **options)
+
+    def function(pool, *inputs):
+        both = [step(pool, slots, *inputs) for slots in gpu.slots(cell)]
+        return pool, (both if implementation == "xla" else _first([o for o, _ in both]))
+
+    return gpu.Program(cell, function, gpu.tokens(cell, cell.n, cell.tokens))
 
 
 def _paged(cell: Cell, implementation: str) -> gpu.Program:

@@ -154,11 +154,11 @@ def _chain_tables(ours: Rows, peers: dict[str, Rows]) -> list[str]:
                 row[f"T{cell.tokens}"] = _chain(_fastest(ours, cell, variant), peers["sglang"].get((cell, variant)))
             columns = {"n": "N"} | {f"T{t}": f"T={t}" for t in sorted({cell.tokens for cell in cells})}
             sections.append(f"\n{title}\n\n{record.table(list(rows.values()), columns)}")
-    paged = [cell for cell, variant in ours if variant == "paged"]
-    if paged:
-        rows_ = [{"cell": str(cell)} | ours[cell, "paged"] | _times(ours[cell, "paged"]) for cell in paged]
-        columns = {"cell": "shape", "triton_us": "Triton us", "cute_us": "CuTe us", "kernel_us": "faster one's kernel us"}
-        sections.append("\n## decode_mtp, paged form\n\n" + _table(rows_, columns))
+    columns = {"cell": "shape", "triton_us": "Triton us", "cute_us": "CuTe us", "kernel_us": "faster one's kernel us"}
+    columns |= {"commit": "measured at another commit"}
+    for variant, title in {"decode_mtp": "decode_mtp", "paged": "decode_mtp, paged form"}.items():
+        rows_ = [{"cell": str(cell)} | row | _times(row) for (cell, which), row in ours.items() if which == variant]
+        sections += [f"\n## {title}\n\n" + _table(rows_, columns)] if rows_ else []
     return sections
 
 

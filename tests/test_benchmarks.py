@@ -12,7 +12,7 @@ import pytest
 # benchmarks is no part of the installation. Last, so that kda_jax is the installed one.
 sys.path.append(str(pathlib.Path(__file__).parents[1]))
 
-from benchmarks import chunk_gpu, gpu, harness, q8_0, record, report
+from benchmarks import chunk_gpu, gpu, harness, mtp, q8_0, record, report
 from benchmarks.cells import POOLS, VARIANTS, Cell, Projection, Sequences, accepted, cells, projections, sequences
 
 
@@ -46,6 +46,20 @@ def test_packed_sequences_fill_their_row(size):
         if cell.lengths:
             assert cell.batch == 1
             assert cell.offsets[-1] == cell.tokens
+
+
+def test_chains_and_drafts(monkeypatch):
+    """Every cell both ways: verify and flush by two counts, and decode_mtp in its paged form, which writes T states."""
+    monkeypatch.setattr(gpu, "ROUND_SECONDS", 0.0)
+    rows = mtp.run("tiny", "xla")
+    assert [row for row in rows if "error" in row] == []
+    assert all(row["us"] > 0 for row in rows)
+    expected = {(str(cell), variant) for cell in cells("mtp", "tiny") for variant in ("all", "half", "paged")}
+    found = {(str(Cell(**{key: row[key] for key in Cell.__dataclass_fields__})), row["variant"]): row for row in rows}
+    assert set(found) == expected
+    for row in rows:
+        state = row["n"] * row["value_heads"] * row["dim"] ** 2 * POOLS[row["pool"]]
+        assert row["state_bytes"] == (1 + row["tokens"] if row["variant"] == "paged" else 3) * state
 
 
 def test_chunk_programs(monkeypatch):

@@ -20,18 +20,23 @@ def cubins(module: bytes) -> list[bytes]:
 
 def figures(module: bytes) -> dict[str, Any]:
     """The most that a kernel in the object takes a thread."""
-    found = {REGISTERS: 0, STACK: 0}
+    return {name: max(taken(module, attribute)) for name, attribute in {"registers": REGISTERS, "stack": STACK}.items()}
+
+
+def taken(module: bytes, attribute: int) -> list[int]:
+    """What each kernel in the object takes a thread."""
+    found: list[int] = []
     for cubin in cubins(module):
         for name, data in _sections(cubin):
             if name != ".nv.info":
                 continue
             at = 0
             while at < len(data):
-                kind, attribute, size = struct.unpack_from("<BBH", data, at)
-                if kind == SIZED and attribute in found:
-                    found[attribute] = max(found[attribute], struct.unpack_from("<II", data, at + 4)[1])
+                kind, which, size = struct.unpack_from("<BBH", data, at)
+                if (kind, which) == (SIZED, attribute):
+                    found.append(struct.unpack_from("<II", data, at + 4)[1])
                 at += 4 + (size if kind == SIZED else 0)
-    return {"registers": found[REGISTERS], "stack": found[STACK]}
+    return found
 
 
 def architecture(cubin: bytes) -> int:

@@ -132,8 +132,8 @@ def drafts(
         if cutlass.const_expr(UPDATE):
             g_out_lanes = in_pieces(g_out, (), n_rows * tokens * value_heads * K, kept.each)
         step = value_heads * WARP
-        live_in = where, pool
-        passed = find_decays(given[2], decays, rate, bias, chosen, here, live_in, g_out_lanes, at, step, kept.each, GATE)
+        into = g_out_lanes, at, step, where, pool
+        passed = find_decays(given[2], decays, rate, bias, chosen, here, *into, kept.each, GATE)
         to = reads[None, eight, None, None]
         keys = find_dots(given, decays, here, lane, dots)
         if turn > 0:
@@ -203,8 +203,8 @@ def request(sources: cutlass.Constexpr, A_log: cute.Tensor, given: cutlass.Const
 
 
 @cute.jit
-def find_decays(g: cute.Tensor, decays: cute.Tensor, rate, bias: cute.Tensor, options, here, live_in, g_out, at, step,
-                each: cutlass.Constexpr, GATE: cutlass.Constexpr):  # fmt: skip
+def find_decays(g: cute.Tensor, decays: cute.Tensor, rate, bias: cute.Tensor, options, here, g_out, at, step, where,
+                pool, each: cutlass.Constexpr, GATE: cutlass.Constexpr):  # fmt: skip
     """Each token's, over its g; the product of all. If ``g_out`` is wanted a lane's of the first token are ``at``, and
     those of others ``step`` apart."""
     passed = cute.make_rmem_tensor(cute.make_layout(each), Float32)
@@ -219,7 +219,6 @@ def find_decays(g: cute.Tensor, decays: cute.Tensor, rate, bias: cute.Tensor, op
             t = 2 * pair + x
             log_decay = found[x * each : (x + 1) * each]
             if cutlass.const_expr(g_out is not None):
-                where, pool = live_in
                 _, live = within(pool, where)  # here, where the slot's arrival need not be waited for
                 if t < here:
                     write([select(live, x, Float32(0.0)) for x in log_decay], g_out[at + t * step, None])

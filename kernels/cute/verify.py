@@ -56,7 +56,7 @@ TILES = {"bfloat16": 4, "float32": 2}  # by the pool's dtype: eights of the stat
 WIDE_ABOVE = 4
 # So few heads that most multiprocessors would have none: each goes to several programs, all of which do what has to do with
 # its tokens. A row has the same bits here too.
-PARTS = 4
+FEW_PARTS = 4
 
 
 def wide_too(K, UPDATE):
@@ -110,8 +110,8 @@ def launch(
     if v.shape[1] <= EIGHT:
         programs, choices = at_once(K, STATE, TOKEN), (K, V, STATE, GATE, UPDATE)
         of_eight = stream, (*arrays, group, inverse, by_row), heads, choices
-        if heads * PARTS <= multiprocessors():
-            enqueue_of_eight(*of_eight, 1, few_tiles(UPDATE), PARTS)
+        if heads * FEW_PARTS <= multiprocessors():
+            enqueue_of_eight(*of_eight, 1, few_tiles(UPDATE), FEW_PARTS)
         elif cutlass.const_expr(wide_too(K, UPDATE)):
             if (v.shape[1] > WIDE_ABOVE) & (heads > programs * multiprocessors()):
                 enqueue_of_eight(*of_eight, programs, 2 * TILES[STATE])
